@@ -1,0 +1,68 @@
+# Everything a checkout needs: python3 >= 3.11, python3-venv and make. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# A package index for torch alone: https://download.pytorch.org/whl/cpu has builds without CUDA.
+TORCH_INDEX ?=
+# Passed on to pytest or to the demo: make test ARGS="-k grid"
+ARGS   ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP   := $(BIN)/python -m pip --disable-pip-version-check
+# TensorRT-RTX has wheels for Linux x86-64 (and Windows); elsewhere, and only there, setup goes on without it.
+PLATFORM = $(shell uname -s)-$(shell uname -m)
+RTX      = $(if $(filter Linux-x86_64,$(PLATFORM)),trt-rtx)
+# No progress bars where nobody watches them.
+QUIET := $(if $(CI),--progress-bar off)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types check setup clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  The first use installs everything into $(VENV) (a few minutes, about 6 GB). Without CUDA it is about 1.5 GB:"
+	@echo "  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu    (after 'make clean', if set up before)"
+
+demo: $(STAMP) ## quantise, export, build and check a small ViT on this machine
+	@$(BIN)/python scripts/demo.py $(ARGS)
+
+test: $(STAMP) ## run pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## run ruff: rules and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(STAMP) ## run mypy in strict mode
+	@$(BIN)/mypy
+
+check: lint types test ## lint, types and test
+
+setup: $(STAMP) ## only install
+
+# The stamp is removed first and made last: an interrupted setup is taken up again by the next make.
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: gplq needs Python 3.11 or newer; '$(PYTHON) --version' says: $$($(PYTHON) --version 2>&1)" >&2; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 3; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "error: $(PYTHON) has no venv or ensurepip module. On Debian and Ubuntu: apt install python3-venv" >&2; exit 3; }
+	@echo "==> Installing gplq into $(VENV), once: some minutes, about 6 GB of disk with the CUDA build of torch."
+	@echo "    CPU only, about 1.5 GB: make $(MAKECMDGOALS) TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+	@$(PYTHON) -m venv $(VENV)
+ifneq ($(TORCH_INDEX),)
+	@echo "==> torch and torchvision from $(TORCH_INDEX)"
+	@$(PIP) install $(QUIET) --no-deps --index-url $(TORCH_INDEX) -c constraints.txt torch torchvision
+endif
+	@echo "==> gplq and everything else, in the versions of constraints.txt"
+	@$(if $(RTX),,echo "    without TensorRT-RTX, which has no wheels for $(PLATFORM): engines will be reported as skipped")
+	@$(PIP) install $(QUIET) -e '.[cpu,$(RTX:%=%,)report,dev]' -c constraints.txt
+	@touch $@
+	@echo "==> Ready."
+
+clean: ## remove the virtual environment and all caches
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

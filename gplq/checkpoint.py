@@ -1,0 +1,212 @@
+"""``model.pt``: a quantised model as one file that loads without running code.
+
+It is written by ``torch.save`` and holds a dict of plain data and tensors only, so that ``torch.load`` reads it with
+``weights_only=True``:
+
+    schema, schema_version    "gplq.checkpoint", [major, minor]; a newer major is refused
+    model                     architecture, model_args, num_classes: what timm.create_model takes
+    preprocessing             input_size, interpolation, crop_pct, crop_mode, mean, std
+    label_names               list of str, or None
+    recipe                    every setting (gplq.recipe)
+    provenance                hashes of the inputs, seeds, versions of the tools, measured accuracies
+    quantizers                name -> {scale [], pre_scale [C] or None, bits, signed}
+    linears                   name -> {codes uint8 (4-bit: two a byte), shape, scale [N], bias [N] or None, bits}
+    floats                    name -> tensor: norms, embeddings and whatever else is not quantised
+
+Loading rebuilds the architecture with timm, after checking that its size is that of the file's tensors.
+"""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gplq.data import Preprocessing
+from gplq.errors import CheckpointError, ModelError
+from gplq.files import atomic_path, sha256
+from gplq.grid import pack_codes, unpack_codes
+from gplq.integer import FrozenQuantizer, IntegerLinear
+from gplq.layers import convert
+from gplq.models import ModelSpec
+from gplq.recipe import Recipe
+
+SCHEMA = "gplq.checkpoint"
+SCHEMA_VERSION = (1, 0)
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A quantised model with everything that belongs to it.
+
+    Attributes:
+        model: frozen, in evaluation mode; images [B, C, H, W] -> logits [B, classes].
+        sha256: of the file that it was read from; empty before it is saved.
+    """
+
+    model: nn.Module
+    spec: ModelSpec
+    preprocessing: Preprocessing
+    label_names: list[str] | None
+    recipe: Recipe
+    provenance: dict[str, Any]
+    sha256: str = ""
+
+
+def frozen_quantizers(model: nn.Module) -> dict[str, FrozenQuantizer]:
+    """The quantisers of a frozen model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FrozenQuantizer)}
+
+
+def integer_linears(model: nn.Module) -> dict[str, IntegerLinear]:
+    """The linears of a frozen model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, IntegerLinear)}
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write ``path`` atomically.
+
+    Raises:
+        UsageError: the folder cannot be written to.
+    """
+    quantizers, linears = frozen_quantizers(checkpoint.model), integer_linears(checkpoint.model)
+    integer = tuple(f"{name}." for name in (*quantizers, *linears))
+    content = {
+        "schema": SCHEMA,
+        "schema_version": list(SCHEMA_VERSION),
+        "model": {
+            "architecture": checkpoint.spec.architecture,
+            "model_args": checkpoint.spec.model_args,
+            "num_classes": checkpoint.spec.num_classes,
+        },
+        "preprocessing": checkpoint.preprocessing.to_dict(),
+        "label_names": checkpoint.label_names,
+        "recipe": checkpoint.recipe.to_dict(),
+        "provenance": checkpoint.provenance,
+        "quantizers": {
+            name: {"scale": q.scale, "pre_scale": q.pre_scale, "bits": q.bits, "signed": q.signed}
+            for name, q in quantizers.items()
+        },
+        "linears": {
+            name: {
+                "codes": pack_codes(linear.codes, linear.bits),
+                "shape": list(linear.codes.shape),
+                "scale": linear.weight_scale,
+                "bias": linear.bias,
+                "bits": linear.bits,
+            }
+            for name, linear in linears.items()
+        },
+        "floats": {
+            name: tensor for name, tensor in checkpoint.model.state_dict().items() if not name.startswith(integer)
+        },
+    }
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint; its model's logits are bit-identical to those before saving.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, hostile, or from a newer version of gplq.
+    """
+    content = read_plain(path)
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path} is not a gplq checkpoint. 'gplq quantize' writes them.")
+    version = content.get("schema_version")
+    if not isinstance(version, list) or len(version) != 2 or not isinstance(version[0], int):
+        raise CheckpointError(f"{path} has no readable schema version: it is damaged.")
+    if version[0] > SCHEMA_VERSION[0]:
+        raise CheckpointError(
+            f"{path} has schema version {version[0]}.{version[1]}, this gplq reads up to {SCHEMA_VERSION[0]}.x. "
+            "Upgrade with: pip install --upgrade gplq"
+        )
+    try:
+        return _rebuild(content, path)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ModelError) as error:
+        detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path} is damaged or was altered: {detail}. Quantise the model again.") from error
+
+
+def load(path: str | Path) -> nn.Module:
+    """The quantised model in a checkpoint: images, float32 [B, C, H, W] -> logits, float32 [B, classes].
+
+    Raises:
+        CheckpointError: the file is missing, damaged, hostile, or from a newer version of gplq.
+    """
+    return load_checkpoint(Path(path)).model
+
+
+def read_plain(path: Path) -> Any:
+    """``torch.load`` of an untrusted file: plain data and tensors only, no more memory than the file is large.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or loading it would run code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist. 'gplq quantize' writes checkpoints.")
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != _ZIP_MAGIC:
+                raise CheckpointError(f"{path} is not a checkpoint: it is not a file that torch.save wrote.")
+        with zipfile.ZipFile(path) as archive:
+            # torch.save stores without compression, so that a file cannot unpack to more than its own size.
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise CheckpointError(f"{path} has compressed entries, which torch.save never writes: refused.")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (CheckpointError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # zipfile, pickle and torch each raise types of their own for a bad file
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path} cannot be loaded safely: {first_line} It is truncated, or would run code when loaded."
+        ) from error
+
+
+def _rebuild(content: dict[str, Any], path: Path) -> Checkpoint:
+    recipe = Recipe.from_dict(content["recipe"], source=f"the recipe in {path}")
+    spec = ModelSpec(**content["model"])
+    quantizers, linears, floats = content["quantizers"], content["linears"], content["floats"]
+    _check_size(spec, linears, floats)
+    model = convert(spec.build(), recipe)
+    for name, entry in quantizers.items():
+        _check(entry["scale"], (), name)
+        quantizer = FrozenQuantizer(entry["scale"], entry["pre_scale"], entry["bits"], bool(entry["signed"]), name)
+        model.set_submodule(name, quantizer)
+    for name, entry in linears.items():
+        shape = tuple(entry["shape"])
+        _check(entry["scale"], shape[:1], name)
+        codes = unpack_codes(entry["codes"], entry["bits"], shape)
+        model.set_submodule(name, IntegerLinear(codes, entry["scale"], entry["bias"], entry["bits"], name))
+    # Whatever the architecture has and the file has not, or the other way round, shows up here.
+    expected = {
+        name for name in model.state_dict() if not name.startswith(tuple(f"{n}." for n in (*quantizers, *linears)))
+    }
+    if expected != floats.keys():
+        raise ValueError(f"its tensors are not those of {spec.architecture}: {sorted(expected ^ floats.keys())[:3]}")
+    model.load_state_dict(floats, strict=False)
+    label_names = content["label_names"]
+    preprocessing = Preprocessing.from_dict(content["preprocessing"])
+    return Checkpoint(model.eval(), spec, preprocessing, label_names, recipe, content["provenance"], sha256(path))
+
+
+def _check_size(spec: ModelSpec, linears: dict[str, Any], floats: dict[str, Tensor]) -> None:
+    """Refuse before allocating anything if the architecture named is not of the size of the file's tensors."""
+    with torch.device("meta"):
+        declared = sum(parameter.numel() for parameter in spec.build().parameters())
+    stored = sum(tensor.numel() for tensor in floats.values())
+    for entry in linears.values():
+        bias = entry["bias"]
+        stored += entry["codes"].numel() * (2 if entry["bits"] <= 4 else 1) + (0 if bias is None else bias.numel())
+    # Buffers, and the padding of an odd number of nibbles, are all that the two may differ by.
+    if not 0.99 * declared <= stored <= 1.01 * declared + 4096:
+        raise ValueError(f"{spec.architecture} has {declared:,} parameters, the file {stored:,}")
+
+
+def _check(scale: Tensor, shape: tuple[int, ...], name: str) -> None:
+    if tuple(scale.shape) != shape or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(f"the scale of {name} is not a positive number of shape {list(shape)}")

@@ -1,0 +1,143 @@
+"""The ``gplq`` command: quantise a model, measure a checkpoint, print the default recipe."""
+
+import argparse
+import ast
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gplq.errors import GplqError, UsageError
+
+EXIT_CODES = """exit codes: 0 fine, 1 a check failed, 2 usage or configuration, 3 something is missing on this machine,
+4 export or build failed, 5 built but not at the requested precision, 130 interrupted"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``gplq``; returns the exit code."""
+    return run_command(_parser(), argv)
+
+
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse, run the subcommand's function, turn every error that a user can cause into a message and an exit code."""
+    arguments = parser.parse_args(argv)
+    command: Callable[[argparse.Namespace], None] = arguments.run
+    try:
+        command(arguments)
+        sys.stdout.flush()
+    except GplqError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, say) went away; there is nobody to tell.
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gplq",
+        description="Quantise a timm Vision Transformer to 4-bit weights and activations (GPLQ).",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    from gplq import __version__
+
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    quantize = commands.add_parser(
+        "quantize",
+        help="quantise a model: Stage 1 (activations), Stage 2 (weights)",
+        description="Quantise a model. An interrupted run goes on where it was when the same command is given again.",
+        epilog="example: gplq quantize deit_small_patch16_224 --data /data/imagenet --out model.pt",
+    )
+    quantize.add_argument("model", help="timm model name, folder that timm wrote, or weights file (then --arch)")
+    quantize.add_argument("--data", type=Path, required=True, help="npz file or image folder; see the README")
+    quantize.add_argument("--out", type=Path, required=True, help="the checkpoint to write, such as model.pt")
+    quantize.add_argument("--eval", type=Path, help="test images, if --data has none")
+    quantize.add_argument("--eval-images", type=_positive, help="measure on so many test images (default: all)")
+    quantize.add_argument("--recipe", type=Path, help="YAML recipe (default: the paper's; see 'gplq recipe')")
+    quantize.add_argument("--arch", help="timm architecture, if MODEL is a weights file")
+    quantize.add_argument("--num-classes", type=_positive, help="classes of a weights file (default: from its head)")
+    quantize.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE", help="such as img_size=70")
+    quantize.add_argument("--force", action="store_true", help="overwrite --out")
+    quantize.set_defaults(run=_quantize)
+
+    evaluate = commands.add_parser("eval", help="measure the top-1 accuracy of a checkpoint")
+    evaluate.add_argument("checkpoint", type=Path)
+    evaluate.add_argument("--data", type=Path, required=True, help="npz file or image folder with test images")
+    evaluate.add_argument("--images", type=_positive, help="measure on so many of them (default: all)")
+    evaluate.set_defaults(run=_eval)
+
+    recipe = commands.add_parser("recipe", help="print a recipe with every key, ready to be edited")
+    recipe.add_argument("--recipe", type=Path, help="start from this recipe instead of the defaults")
+    recipe.set_defaults(run=_recipe)
+    return parser
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from gplq.models import load_model
+    from gplq.quantize import check_output, quantize
+    from gplq.recipe import Recipe
+
+    # Whatever can be wrong with the command line is found before the model is loaded.
+    recipe = Recipe() if arguments.recipe is None else Recipe.from_yaml(arguments.recipe)
+    model_args = dict(_key_value(text) for text in arguments.model_arg)
+    check_output(arguments.out, arguments.force)
+    source = load_model(
+        arguments.model, arch=arguments.arch, model_args=model_args, num_classes=arguments.num_classes
+    )
+    print(f"{source.spec.architecture}, {sum(p.numel() for p in source.model.parameters()):,} parameters")
+    print(f"preprocessing: {source.preprocessing}")
+    quantize(
+        source,
+        arguments.data,
+        arguments.out,
+        recipe,
+        eval_data=arguments.eval,
+        eval_images=arguments.eval_images,
+        force=arguments.force,
+    )
+    print(f"wrote {arguments.out} ({arguments.out.stat().st_size:,} bytes)")
+    print(f"next: gplq-export {arguments.out} --int4 --trt --data {arguments.eval or arguments.data} --out dist")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from gplq.checkpoint import load_checkpoint
+    from gplq.data import check_labels, open_images
+    from gplq.evaluate import top1
+
+    checkpoint = load_checkpoint(arguments.checkpoint)
+    images = open_images(arguments.data, "test", checkpoint.preprocessing)
+    check_labels(images, checkpoint.spec.num_classes, checkpoint.label_names)
+    images = images.head(arguments.images)
+    print(f"{arguments.checkpoint} top-1 {top1(checkpoint.model, images, 'Checkpoint')}   (n = {len(images)})")
+
+
+def _recipe(arguments: argparse.Namespace) -> None:
+    from gplq.recipe import Recipe
+
+    recipe = Recipe() if arguments.recipe is None else Recipe.from_yaml(arguments.recipe)
+    print(recipe.to_yaml(), end="")
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not key.isidentifier():
+        raise UsageError(f"--model-arg takes KEY=VALUE, such as img_size=70; found '{text}'.")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
+    return value

@@ -1,0 +1,76 @@
+"""The leaves of a frozen model: quantisers that return codes, linears that hold codes. What they compute is exported."""
+
+import torch
+from torch import Tensor, nn
+
+from gplq import grid, ops
+from gplq.ops import Codes
+
+
+class FrozenQuantizer(nn.Module):
+    """A quantiser with one scale, optionally behind a multiplication by a per-channel factor.
+
+    Per-channel activation scales do not fit integer GEMMs; they have become ``pre_scale`` (or part of the norm before)
+    and the columns of the weights behind (see :mod:`gplq.fold`).
+
+    Attributes:
+        scale: [], FP16-exact, > 0.
+        pre_scale: [C] or None.
+        rounding: False turns the quantiser into a plain multiplication, for the float twin of the same network.
+    """
+
+    scale: Tensor
+    pre_scale: Tensor | None
+
+    def __init__(self, scale: Tensor, pre_scale: Tensor | None, bits: int, signed: bool, name: str) -> None:
+        super().__init__()
+        self.bits, self.signed, self.name = bits, signed, name
+        self.rounding = True
+        self.register_buffer("scale", scale)
+        self.register_buffer("pre_scale", pre_scale)
+
+    def forward(self, x: Tensor) -> Codes:
+        """[..., C] -> codes of the same shape, and the scale."""
+        if self.rounding:
+            return Codes(ops.quantize(x, self.scale, self.pre_scale, self.bits, self.signed, self.name), self.scale)
+        return Codes((x if self.pre_scale is None else x * self.pre_scale) / self.scale, self.scale)
+
+
+class IntegerLinear(nn.Module):
+    """A linear layer whose weight is integer codes.
+
+    Attributes:
+        codes: int8 [N, K], on the signed grid of ``bits``.
+        weight_scale: [N], FP16-exact, > 0.
+        bias: [N] or None, floating point.
+    """
+
+    codes: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int, name: str) -> None:
+        super().__init__()
+        self.bits, self.name = bits, name
+        self.register_buffer("codes", codes)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Codes) -> Tensor:
+        """Codes [..., K] -> [..., N]."""
+        y: Tensor = ops.linear(
+            x.values, x.scale, self.codes, self.weight_scale, self.bias, self.bits, self.name
+        )
+        return y
+
+
+def quantize_rows(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Nearest codes of a weight [N, K] with one scale a row [N]; int8 [N, K]."""
+    return grid.quantize(weight, scale[:, None], bits, signed=True).to(torch.int8)
+
+
+def set_rounding(model: nn.Module, rounding: bool) -> None:
+    """Switch every quantiser of a frozen model on or off."""
+    for module in model.modules():
+        if isinstance(module, FrozenQuantizer):
+            module.rounding = rounding

@@ -1,0 +1,194 @@
+"""Float models: from a timm name, from a folder that timm exports to, or from a checkpoint file and an architecture."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from gplq.data import Preprocessing
+from gplq.errors import ModelError
+from gplq.files import sha256
+
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that rebuilds the float architecture: ``timm.create_model(architecture, **model_args)``."""
+
+    architecture: str
+    model_args: dict[str, Any]
+    num_classes: int
+
+    def build(self) -> nn.Module:
+        """A freshly initialised model in evaluation mode.
+
+        Raises:
+            ModelError: timm does not know the architecture or refuses the arguments.
+        """
+        # A file may name the architecture, so nothing but a plain timm name may pass: timm also takes hub addresses.
+        if not timm.is_model(self.architecture):
+            raise ModelError(f"timm {timm.__version__} has no model '{self.architecture}'. See timm.list_models().")
+        try:
+            model: nn.Module = timm.create_model(
+                self.architecture, pretrained=False, num_classes=self.num_classes, **self.model_args
+            )
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise ModelError(f"timm cannot build {self.architecture} with {self.model_args}: {error}") from error
+        return model.eval()
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """A float model with what belongs to it.
+
+    Attributes:
+        source: what the user named. ``sha256``: of the weights file, or of the weights for a hub model.
+    """
+
+    model: nn.Module
+    spec: ModelSpec
+    preprocessing: Preprocessing
+    label_names: list[str] | None
+    source: str
+    sha256: str
+
+
+def load_model(
+    source: str, *, arch: str | None = None, model_args: dict[str, Any] | None = None, num_classes: int | None = None
+) -> FloatModel:
+    """Load a float model.
+
+    Args:
+        source: a timm model name (its pretrained weights are downloaded by timm), a folder with ``config.json`` and
+            ``model.safetensors`` as timm writes it, or a weights file, which needs ``arch``.
+        arch: timm architecture of a weights file.
+        model_args: further arguments of the architecture, such as ``{"img_size": 70}``.
+        num_classes: of a weights file; by default found from the classifier's weight.
+
+    Raises:
+        ModelError: the model is unknown, the file unreadable, or the weights do not fit.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _from_folder(path, model_args or {})
+    if path.suffix in WEIGHT_SUFFIXES or path.is_file():
+        return _from_file(path, arch, model_args or {}, num_classes)
+    if arch is not None or num_classes is not None:
+        raise ModelError(f"--arch and --num-classes belong to a weights file, but '{source}' is not one.")
+    return _from_name(source, model_args or {})
+
+
+def _from_name(name: str, model_args: dict[str, Any]) -> FloatModel:
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        known = timm.list_models(f"*{architecture[:6]}*")[:3]
+        hint = f" Did you mean {', '.join(known)}?" if known else ""
+        raise ModelError(f"'{name}' is neither an existing file or folder nor a model of timm.{hint}")
+    try:
+        model = timm.create_model(name, pretrained=True, **model_args).eval()
+    except Exception as error:  # the hub client raises many types; all of them mean the same to the user
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"timm could not load pretrained weights for '{name}': {first_line} "
+            f"Without a network, give a weights file and --arch {architecture}."
+        ) from error
+    preprocessing = Preprocessing.from_dict(resolve_data_config({}, model=model))
+    spec = ModelSpec(architecture, model_args, model.num_classes)
+    digest = hashlib.sha256()
+    for key, tensor in model.state_dict().items():
+        digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
+    names = model.pretrained_cfg.get("label_names")
+    return FloatModel(model, spec, preprocessing, names, name, digest.hexdigest())
+
+
+def _from_folder(folder: Path, extra_args: dict[str, Any]) -> FloatModel:
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+    missing = [file.name for file in (config_file, weights_file) if not file.is_file()]
+    if missing:
+        raise ModelError(f"{folder} lacks {' and '.join(missing)}: not a folder that timm wrote for a model.")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        pretrained = config.get("pretrained_cfg", {})
+        spec = ModelSpec(
+            architecture=config["architecture"],
+            model_args={**config.get("model_args", {}), **extra_args},
+            num_classes=int(config["num_classes"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{config_file} is not a timm model configuration: {error!r}") from error
+    model = spec.build()
+    _load_weights(model, read_weights(weights_file), weights_file)
+    preprocessing = Preprocessing.from_dict(resolve_data_config({}, pretrained_cfg=pretrained, model=model))
+    names = config.get("label_names") or pretrained.get("label_names")
+    return FloatModel(model, spec, preprocessing, names, str(folder), sha256(weights_file))
+
+
+def _from_file(path: Path, arch: str | None, model_args: dict[str, Any], num_classes: int | None) -> FloatModel:
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist. Give a timm model name, a model folder, or a weights file.")
+    if arch is None:
+        raise ModelError(f"{path} holds weights only: name their timm architecture with --arch.")
+    weights = read_weights(path)
+    if num_classes is None:
+        num_classes = next((weights[key].shape[0] for key in ("head.weight", "head.bias") if key in weights), 0)
+    spec = ModelSpec(arch, model_args, num_classes)
+    model = spec.build()
+    _load_weights(model, weights, path)
+    config = resolve_data_config({}, model=model)
+    size = getattr(model.patch_embed, "img_size", None) if hasattr(model, "patch_embed") else None
+    if size is not None:
+        # The pretrained configuration tells the size of the original weights; the model knows the one it was built for.
+        config["input_size"] = (config["input_size"][0], *size)
+    return FloatModel(model, spec, Preprocessing.from_dict(config), None, str(path), sha256(path))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from safetensors, or from a torch file that holds nothing but tensors and plain data.
+
+    Raises:
+        ModelError: the file is damaged, or loading it would run code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error}") from error
+    except Exception as error:  # both readers raise types of their own for a damaged or hostile file
+        raise ModelError(
+            f"{path} cannot be loaded safely: {str(error).strip().splitlines()[0]} "
+            "Only safetensors, and torch files of tensors and plain data, are accepted."
+        ) from error
+    for key in ("state_dict", "model", "model_ema"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(f"{path} does not hold a state dict (names of parameters and their tensors).")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    missing = sorted(expected.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - expected.keys())
+    wrong = [key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape]
+    if missing or unexpected or wrong:
+        details = [
+            f"{len(names)} {what} (first: {names[0]})"
+            for names, what in ((missing, "missing"), (unexpected, "unexpected"), (sorted(wrong), "of another shape"))
+            if names
+        ]
+        raise ModelError(
+            f"the weights in {path} do not fit the architecture: {', '.join(details)}. "
+            "Check --arch, --num-classes and --model-arg (for instance img_size=70)."
+        )
+    model.load_state_dict({key: value.float() for key, value in weights.items()})

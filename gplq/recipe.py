@@ -1,0 +1,129 @@
+"""Recipes: every number that decides how a model is quantised, as frozen dataclass-like models; YAML is their text form.
+
+Unknown keys and impossible values are errors that name the nearest valid key. ``gplq recipe`` prints the defaults.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from gplq.errors import ConfigError
+
+Range = Literal["minmax", "percentile", "mse"]
+Granularity = Literal["per_channel", "per_tensor"]
+
+# The learning rates that the paper used at each batch size (GPLQ, Table 9).
+PAPER_LEARNING_RATES = {128: 5e-6, 64: 2.5e-6, 32: 1e-6, 16: 1e-6}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(_Section):
+    """Where the activation quantisers start."""
+
+    images: int = Field(512, ge=1, description="training images, drawn at random, that are looked at")
+    linear_range: Range = Field("minmax", description="range of the inputs of linears (the paper: min-max)")
+    matmul_range: Range = Field("percentile", description="range of q, k, v and softmax (the paper: 1st, 99th)")
+    percentile: float = Field(1.0, gt=0, lt=50, description="the lower percentile; the upper mirrors it")
+
+
+class Stage1(_Section):
+    """Act-QAT: activations to 4 bits, weights in FP32 and trained at a tiny learning rate."""
+
+    enabled: bool = True
+    granularity: Granularity = Field("per_channel", description="activation scales of linears fed by a norm or GELU")
+    epochs: int = Field(1, ge=1)
+    max_images: int | None = Field(None, ge=1, description="stop an epoch after this many images")
+    batch_size: int = Field(128, ge=1)
+    lr: float | None = Field(None, gt=0, description="AdamW learning rate of weights; none: the paper's for the batch size")
+    scale_lr: float = Field(1e-3, ge=0, description="learning rate of the scales, as a fraction of each scale")
+    weight_decay: float = Field(0.0, ge=0)
+    alpha: float = Field(1.0, ge=0, description="weight of the PCA loss (Eq 2)")
+    pca_variance: float = Field(0.6, gt=0, le=1, description="share of the teacher features' variance that is kept")
+    checkpoint_seconds: float = Field(60, gt=0, description="how often the state for resuming is written")
+
+    def learning_rate(self) -> float:
+        """The AdamW learning rate: the recipe's, else the paper's for the nearest batch size not above this one."""
+        if self.lr is not None:
+            return self.lr
+        known = [size for size in PAPER_LEARNING_RATES if size <= self.batch_size]
+        return PAPER_LEARNING_RATES[max(known, default=16)]
+
+
+class Stage2(_Section):
+    """Weights to 4 bits, without training."""
+
+    granularity: Granularity = Field("per_channel", description="weight scales: one an output channel, or one in all")
+    range: Range = "mse"
+    percentile: float = Field(0.1, gt=0, lt=50, description="share of each channel's largest weights that is clipped")
+    rounding: Literal["nearest", "gptq"] = Field("gptq", description="gptq: second-order, on quantised inputs")
+    images: int = Field(512, ge=1, description="training images for the second-order statistics")
+    damping: float = Field(0.01, gt=0, description="share of the Hessian's mean diagonal that is added to it")
+
+
+class Recipe(_Section):
+    """Everything that decides how a model is quantised."""
+
+    weight_bits: int = Field(4, ge=2, le=8)
+    activation_bits: int = Field(4, ge=2, le=8)
+    first_last_bits: int = Field(8, ge=4, le=8, description="patch embedding and classifier, weights and inputs")
+    scale_grid: Literal["fp16", "exact"] = Field("fp16", description="which scales are allowed; see gplq.grid")
+    seed: int = Field(0, ge=0)
+    calibration: Calibration = Calibration()
+    stage1: Stage1 = Stage1()
+    stage2: Stage2 = Stage2()
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> "Recipe":
+        """Read and validate a recipe.
+
+        Raises:
+            ConfigError: the file is missing or not YAML, a key is unknown, or a value is of the wrong type or range.
+        """
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the recipe {path}: {error.strerror}. Give the path of a YAML file.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            first_line = " ".join(str(error).split())
+            raise ConfigError(f"the recipe {path} is not valid YAML: {first_line}") from error
+        return cls.from_dict({} if content is None else content, source=str(path))
+
+    @classmethod
+    def from_dict(cls, content: Any, source: str = "recipe") -> "Recipe":
+        """Validate plain data; see :meth:`from_yaml` for what it raises."""
+        if not isinstance(content, dict):
+            raise ConfigError(f"{source}: a recipe is a mapping of keys to values, not a {type(content).__name__}.")
+        try:
+            return cls.model_validate(content)
+        except pydantic.ValidationError as error:
+            lines = [f"  {_explain(problem)}" for problem in error.errors()]
+            raise ConfigError("\n".join([f"{source} is not a valid recipe:", *lines])) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: nested dicts of numbers, strings, booleans and None."""
+        return self.model_dump()
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every key written out."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _explain(problem: Any) -> str:
+    """One line for one of pydantic's problems, with the nearest key for an unknown one."""
+    *parents, key = problem["loc"]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"{where}: {problem['msg']}, found {problem['input']!r}"
+    section: Any = Recipe
+    for parent in parents:
+        section = section.model_fields[parent].annotation
+    nearest = difflib.get_close_matches(str(key), section.model_fields, n=1, cutoff=0.5)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(section.model_fields)}."
+    return f"{where}: unknown key; {hint}"
