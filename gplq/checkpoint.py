@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from gplq.data import Preprocessing
-from gplq.errors import CheckpointError, ModelError
+from gplq.errors import CheckpointError, UsageError
 from gplq.files import atomic_path, sha256
 from gplq.grid import pack_codes, unpack_codes
 from gplq.integer import FrozenQuantizer, IntegerLinear
 from gplq.layers import convert
+from gplq.lsq import ActivationQuantizer
 from gplq.models import ModelSpec
 from gplq.recipe import Recipe
 
@@ -127,7 +128,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     try:
         return _rebuild(content, path)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ModelError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, UsageError) as error:
         detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path} is damaged or was altered: {detail}. Quantise the model again.") from error
 
@@ -171,17 +172,25 @@ def _rebuild(content: dict[str, Any], path: Path) -> Checkpoint:
     recipe = Recipe.from_dict(content["recipe"], source=f"the recipe in {path}")
     spec = ModelSpec(**content["model"])
     quantizers, linears, floats = content["quantizers"], content["linears"], content["floats"]
-    _check_size(spec, linears, floats)
+    _check_size(spec, linears, floats, path.stat().st_size)
     model = convert(spec.build(), recipe)
     for name, entry in quantizers.items():
+        if not isinstance(model.get_submodule(name), ActivationQuantizer):
+            raise ValueError(f"{spec.architecture} has no quantiser {name}")
         _check(entry["scale"], (), name)
         quantizer = FrozenQuantizer(entry["scale"], entry["pre_scale"], entry["bits"], bool(entry["signed"]), name)
         model.set_submodule(name, quantizer)
     for name, entry in linears.items():
         shape = tuple(entry["shape"])
+        linear = model.get_submodule(name)
+        bias = entry["bias"]
+        if not isinstance(linear, nn.Linear) or shape != tuple(linear.weight.shape):
+            raise ValueError(f"{spec.architecture} has no linear {name} of shape {list(shape)}")
+        if (bias is None) != (linear.bias is None) or (bias is not None and bias.shape != shape[:1]):
+            raise ValueError(f"the bias of {name} does not fit")
         _check(entry["scale"], shape[:1], name)
         codes = unpack_codes(entry["codes"], entry["bits"], shape)
-        model.set_submodule(name, IntegerLinear(codes, entry["scale"], entry["bias"], entry["bits"], name))
+        model.set_submodule(name, IntegerLinear(codes, entry["scale"], bias, entry["bits"], name))
     # Whatever the architecture has and the file has not, or the other way round, shows up here.
     expected = {
         name for name in model.state_dict() if not name.startswith(tuple(f"{n}." for n in (*quantizers, *linears)))
@@ -194,14 +203,20 @@ def _rebuild(content: dict[str, Any], path: Path) -> Checkpoint:
     return Checkpoint(model.eval(), spec, preprocessing, label_names, recipe, content["provenance"], sha256(path))
 
 
-def _check_size(spec: ModelSpec, linears: dict[str, Any], floats: dict[str, Tensor]) -> None:
+def _check_size(spec: ModelSpec, linears: dict[str, Any], floats: dict[str, Tensor], file_size: int) -> None:
     """Refuse before allocating anything if the architecture named is not of the size of the file's tensors."""
+    depth = spec.model_args.get("depth", 0)
+    if not isinstance(depth, int) or depth > len(linears):  # building millions of blocks takes long on any device
+        raise ValueError(f"a depth of {depth} for {len(linears)} linears")
     with torch.device("meta"):
         declared = sum(parameter.numel() for parameter in spec.build().parameters())
     stored = sum(tensor.numel() for tensor in floats.values())
     for entry in linears.values():
         bias = entry["bias"]
         stored += entry["codes"].numel() * (2 if entry["bits"] <= 4 else 1) + (0 if bias is None else bias.numel())
+    # The tensors' own sizes prove nothing: many elements of one can lie on the same byte of the file.
+    if declared > 2 * file_size:
+        raise ValueError(f"{spec.architecture} has {declared:,} parameters, the file {file_size:,} bytes")
     # Buffers, and the padding of an odd number of nibbles, are all that the two may differ by.
     if not 0.99 * declared <= stored <= 1.01 * declared + 4096:
         raise ValueError(f"{spec.architecture} has {declared:,} parameters, the file {stored:,}")

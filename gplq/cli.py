@@ -89,9 +89,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     recipe = Recipe() if arguments.recipe is None else Recipe.from_yaml(arguments.recipe)
     model_args = dict(_key_value(text) for text in arguments.model_arg)
     check_output(arguments.out, arguments.force)
-    source = load_model(
-        arguments.model, arch=arguments.arch, model_args=model_args, num_classes=arguments.num_classes
-    )
+    source = load_model(arguments.model, arch=arguments.arch, model_args=model_args, num_classes=arguments.num_classes)
     print(f"{source.spec.architecture}, {sum(p.numel() for p in source.model.parameters()):,} parameters")
     print(f"preprocessing: {source.preprocessing}")
     quantize(

@@ -224,6 +224,7 @@ def check_labels(images: ImageSet, num_classes: int, label_names: Sequence[str] 
         known = {name: index for index, name in enumerate(label_names or [])}
         if all(name in known for name in images.classes):
             images.labels = [known[images.classes[label]] for label in images.labels]
+            images.classes = list(label_names or [])  # in label order again, so that a second call changes nothing
             return
         if len(images.classes) != num_classes:
             raise DataError(

@@ -1,4 +1,4 @@
-"""The leaves of a frozen model: quantisers that return codes, linears that hold codes. What they compute is exported."""
+"""The leaves of a frozen model: quantisers that return codes, linears that hold codes. All is exported."""
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +58,7 @@ class IntegerLinear(nn.Module):
 
     def forward(self, x: Codes) -> Tensor:
         """Codes [..., K] -> [..., N]."""
-        y: Tensor = ops.linear(
-            x.values, x.scale, self.codes, self.weight_scale, self.bias, self.bits, self.name
-        )
+        y: Tensor = ops.linear(x.values, x.scale, self.codes, self.weight_scale, self.bias, self.bits, self.name)
         return y
 
 

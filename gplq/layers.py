@@ -18,7 +18,7 @@ import torch
 from timm.layers import LayerNorm as TimmLayerNorm
 from timm.layers import PatchEmbed
 from timm.layers.attention import Attention
-from timm.models.vision_transformer import LayerScale, VisionTransformer
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
 from gplq import ops
@@ -112,7 +112,8 @@ class QuantPatchConv(nn.Module):
         self.input_quantizer = input_quantizer
         self.linear = nn.Linear(math.prod(conv.weight.shape[1:]), conv.out_channels, bias=conv.bias is not None)
         self.linear.weight = nn.Parameter(conv.weight.detach().flatten(1).clone())
-        self.linear.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
+        if conv.bias is not None:
+            self.linear.bias = nn.Parameter(conv.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """Cut patches, quantise, multiply; channels first again, as a convolution returns them."""
@@ -165,13 +166,15 @@ def check_supported(model: nn.Module) -> None:
         )
     for name, module in model.named_modules():
         owns_parameters = next(module.parameters(recurse=False), None) is not None
-        patch_conv = name == "patch_embed.proj" and isinstance(module, nn.Conv2d) and isinstance(
-            model.patch_embed, PatchEmbed
+        patch_conv = (
+            name == "patch_embed.proj" and isinstance(module, nn.Conv2d) and isinstance(model.patch_embed, PatchEmbed)
         )
         unsupported = (
             (owns_parameters and not isinstance(module, _SUPPORTED_OWNERS))
             or (isinstance(module, nn.Conv2d) and not (patch_conv and module.kernel_size == module.stride))
             or (name.endswith(".attn") and type(module) is not Attention)
+            # Folding relies on the order of norms and layers in timm's plain block; others have the same names.
+            or (name.startswith("blocks.") and name.count(".") == 1 and type(module) is not Block)
         )
         if unsupported:
             raise ModelError(f"layer '{name}' ({type(module).__name__}) of this model is not supported.")

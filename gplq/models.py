@@ -1,6 +1,7 @@
 """Float models: from a timm name, from a folder that timm exports to, or from a checkpoint file and an architecture."""
 
 import hashlib
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from gplq.errors import ModelError
 from gplq.files import sha256
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+# What timm.create_model takes itself and does not pass on to the architecture. ``checkpoint_path`` is the dangerous
+# one: timm unpickles that file without weights_only.
+_FACTORY_ARGS = frozenset(inspect.signature(timm.create_model).parameters)
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,14 @@ class ModelSpec:
         # A file may name the architecture, so nothing but a plain timm name may pass: timm also takes hub addresses.
         if not timm.is_model(self.architecture):
             raise ModelError(f"timm {timm.__version__} has no model '{self.architecture}'. See timm.list_models().")
+        refused = sorted(_FACTORY_ARGS & self.model_args.keys())
+        if refused:
+            raise ModelError(f"'{refused[0]}' is no argument of an architecture; remove it from model_args.")
         try:
             model: nn.Module = timm.create_model(
                 self.architecture, pretrained=False, num_classes=self.num_classes, **self.model_args
             )
-        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError, AttributeError) as error:
             raise ModelError(f"timm cannot build {self.architecture} with {self.model_args}: {error}") from error
         return model.eval()
 
@@ -100,13 +107,12 @@ def _from_name(name: str, model_args: dict[str, Any]) -> FloatModel:
             f"timm could not load pretrained weights for '{name}': {first_line} "
             f"Without a network, give a weights file and --arch {architecture}."
         ) from error
-    preprocessing = Preprocessing.from_dict(resolve_data_config({}, model=model))
-    spec = ModelSpec(architecture, model_args, model.num_classes)
+    config: dict[str, Any] = model.pretrained_cfg
+    spec = ModelSpec(architecture, model_args, int(model.num_classes))
     digest = hashlib.sha256()
     for key, tensor in model.state_dict().items():
         digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
-    names = model.pretrained_cfg.get("label_names")
-    return FloatModel(model, spec, preprocessing, names, name, digest.hexdigest())
+    return FloatModel(model, spec, _preprocessing(model, config), config.get("label_names"), name, digest.hexdigest())
 
 
 def _from_folder(folder: Path, extra_args: dict[str, Any]) -> FloatModel:
@@ -126,7 +132,7 @@ def _from_folder(folder: Path, extra_args: dict[str, Any]) -> FloatModel:
         raise ModelError(f"{config_file} is not a timm model configuration: {error!r}") from error
     model = spec.build()
     _load_weights(model, read_weights(weights_file), weights_file)
-    preprocessing = Preprocessing.from_dict(resolve_data_config({}, pretrained_cfg=pretrained, model=model))
+    preprocessing = _preprocessing(model, pretrained)
     names = config.get("label_names") or pretrained.get("label_names")
     return FloatModel(model, spec, preprocessing, names, str(folder), sha256(weights_file))
 
@@ -142,12 +148,18 @@ def _from_file(path: Path, arch: str | None, model_args: dict[str, Any], num_cla
     spec = ModelSpec(arch, model_args, num_classes)
     model = spec.build()
     _load_weights(model, weights, path)
-    config = resolve_data_config({}, model=model)
-    size = getattr(model.patch_embed, "img_size", None) if hasattr(model, "patch_embed") else None
+    return FloatModel(model, spec, _preprocessing(model, {}), None, str(path), sha256(path))
+
+
+def _preprocessing(model: nn.Module, pretrained: dict[str, Any]) -> Preprocessing:
+    """What the configuration of the weights says, or else the architecture's, at the size that the model was built for."""
+    config = resolve_data_config({}, pretrained_cfg=pretrained, model=model)
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    size = getattr(patch_embed, "img_size", None)
     if size is not None:
-        # The pretrained configuration tells the size of the original weights; the model knows the one it was built for.
+        # The configuration tells the size of the original weights; --model-arg img_size may have chosen another.
         config["input_size"] = (config["input_size"][0], *size)
-    return FloatModel(model, spec, Preprocessing.from_dict(config), None, str(path), sha256(path))
+    return Preprocessing.from_dict(config)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

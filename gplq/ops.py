@@ -26,7 +26,7 @@ class Codes(NamedTuple):
 
 @torch.library.custom_op("gplq::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, pre_scale: Tensor | None, bits: int, signed: bool, name: str) -> Tensor:
-    """Codes of ``x * pre_scale``. ``x``: [..., C]; ``scale``: []; ``pre_scale``: [C] or None; ``name`` identifies it."""
+    """Codes of ``x * pre_scale``. ``x``: [..., C]; ``scale``: []; ``pre_scale``: [C] or None; ``name``: of the node."""
     return grid.quantize(x if pre_scale is None else x * pre_scale, scale, bits, signed)
 
 

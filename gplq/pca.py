@@ -42,7 +42,8 @@ def fit_pca(teacher: nn.Module, images: ImageSet, count: int, variance: float, s
     shares = eigenvalues.flip(0).clamp_min(0).cumsum(0)
     needed = int(torch.searchsorted(shares, variance * shares[-1])) + 1
     kept = min(max(32, round(needed / 32) * 32), len(shares))
-    return eigenvectors.flip(1)[:, :kept].float().contiguous()
+    directions: Tensor = eigenvectors.flip(1)[:, :kept].float().contiguous()
+    return directions
 
 
 def pca_loss(student: Tensor, teacher: Tensor, directions: Tensor) -> Tensor:

@@ -42,7 +42,10 @@ def quantize(
     state is removed when ``out`` is written.
 
     Args:
+        source: the float model; it is not changed.
         data: training images (npz or folder); also test images, if it has a split of them.
+        out: the checkpoint to write, such as ``model.pt``.
+        recipe: every setting.
         eval_data: test images, if ``data`` has none.
         eval_images: measure on this many of them, evenly spread; all if None.
         force: overwrite ``out``.

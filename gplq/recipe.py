@@ -1,4 +1,4 @@
-"""Recipes: every number that decides how a model is quantised, as frozen dataclass-like models; YAML is their text form.
+"""Recipes: every number that decides how a model is quantised, as frozen models; YAML is their text form.
 
 Unknown keys and impossible values are errors that name the nearest valid key. ``gplq recipe`` prints the defaults.
 """
@@ -21,7 +21,7 @@ PAPER_LEARNING_RATES = {128: 5e-6, 64: 2.5e-6, 32: 1e-6, 16: 1e-6}
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Calibration(_Section):
@@ -41,7 +41,9 @@ class Stage1(_Section):
     epochs: int = Field(1, ge=1)
     max_images: int | None = Field(None, ge=1, description="stop an epoch after this many images")
     batch_size: int = Field(128, ge=1)
-    lr: float | None = Field(None, gt=0, description="AdamW learning rate of weights; none: the paper's for the batch size")
+    lr: float | None = Field(
+        None, gt=0, description="AdamW learning rate of weights; none: the paper's for the batch size"
+    )
     scale_lr: float = Field(1e-3, ge=0, description="learning rate of the scales, as a fraction of each scale")
     weight_decay: float = Field(0.0, ge=0)
     alpha: float = Field(1.0, ge=0, description="weight of the PCA loss (Eq 2)")
@@ -89,7 +91,9 @@ class Recipe(_Section):
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"cannot read the recipe {path}: {error.strerror}. Give the path of a YAML file.") from error
+            raise ConfigError(
+                f"cannot read the recipe {path}: {error.strerror}. Give the path of a YAML file."
+            ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             first_line = " ".join(str(error).split())
             raise ConfigError(f"the recipe {path} is not valid YAML: {first_line}") from error

@@ -4,8 +4,11 @@ Loss = cross-entropy + alpha * L_PCA (GPLQ, Eq 2); the teacher is the float mode
 evaluation mode: it should mimic what is deployed, so nothing in it is random (no dropout, no stochastic depth).
 """
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,11 +26,20 @@ SaveState = Callable[[dict[str, Any]], None]
 
 
 def train(
-    student: nn.Module, teacher: nn.Module, images: ImageSet, recipe: Recipe, state: dict[str, Any] | None, save: SaveState
+    student: nn.Module,
+    teacher: nn.Module,
+    images: ImageSet,
+    recipe: Recipe,
+    state: dict[str, Any] | None,
+    save: SaveState,
 ) -> None:
     """Train a converted and calibrated ``student`` in place.
 
     Args:
+        student: the converted model; changed in place.
+        teacher: the float model.
+        images: training images.
+        recipe: every setting.
         state: what ``save`` was given in an interrupted run with the same inputs, to go on from there; or None.
         save: called with the state every ``recipe.stage1.checkpoint_seconds``, on an interruption, and at the end.
 
@@ -59,11 +71,14 @@ def train(
     with progress(steps * batch_size, "Stage 1: Act-QAT", "image", initial=step * batch_size) as bar:
         try:
             for inputs, labels in batches(images, batch_size, remaining):
-                loss, mimicry = _step(student, teacher, optimizer, inputs, labels, directions, settings.alpha)
-                step += 1
+                with _whole_step():
+                    loss, mimicry = _step(student, teacher, optimizer, inputs, labels, directions, settings.alpha)
+                    step += 1
                 if not torch.isfinite(torch.tensor(loss)):
                     raise GateError(f"Stage 1: the loss is {loss} at step {step}. Lower stage1.lr or stage1.scale_lr.")
-                bar.set_postfix(loss=f"{loss:.3f}", pca=f"{mimicry:.3f}", lr=f"{settings.learning_rate():.1e}", refresh=False)
+                bar.set_postfix(
+                    loss=f"{loss:.3f}", pca=f"{mimicry:.3f}", lr=f"{settings.learning_rate():.1e}", refresh=False
+                )
                 bar.update(len(labels))
                 if time.monotonic() - last_save > settings.checkpoint_seconds:
                     save(snapshot())
@@ -72,6 +87,23 @@ def train(
             save(snapshot())
             raise
     save(snapshot())
+
+
+@contextlib.contextmanager
+def _whole_step() -> Iterator[None]:
+    """Hold Ctrl-C back until the end of the block: a state with half a step in it could not be resumed exactly."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # only the main thread may set a handler, and one that is not Python's own is not ours to replace
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _order(total: int, recipe: Recipe) -> list[int]:
@@ -119,6 +151,6 @@ def _step(
         mimicry = pca_loss(features, target, directions)
         loss = loss + alpha * mimicry
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+    loss.backward()
     optimizer.step()
     return loss.item(), mimicry.item()

@@ -12,7 +12,6 @@ The test set is never used to choose anything: the last epoch's weights are what
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -67,7 +66,8 @@ def make_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
 def top1(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     """Top-1 in per cent, FP32."""
     model.eval()
-    correct = sum((model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500)))
+    pairs = zip(images.split(500), labels.split(500), strict=True)
+    correct = sum((model(x).argmax(1) == y).sum().item() for x, y in pairs)
     return 100 * correct / len(labels)
 
 
@@ -140,7 +140,7 @@ def main() -> None:
             "epoch": epoch,
         }
         torch.save(state, state_file.with_suffix(".tmp"))
-        os.replace(state_file.with_suffix(".tmp"), state_file)
+        state_file.with_suffix(".tmp").replace(state_file)
 
     weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, args.out / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,178 @@
+"""The one lowering: replaces every dialect node by what a target wants, and finishes the model.
+
+1. Mark(x)                -> x, which takes the mark's name
+2. Quantize(x, …)         -> the target's quantiser
+3. Linear(codes, …)       -> MatMul(dequantised codes, the target's weight) [-> Add(bias)]
+4. MatMul(a, …, b, …)     -> MatMul(dequantised a, dequantised b)
+5. float initialisers     -> the target's float type, with a Cast behind the input and in front of the output if FP16
+6. what nothing reads     -> removed; metadata written; the ONNX checker run in full
+
+The result holds no node of the dialect, and each quantiser's codes under ``<quantizer>.codes``.
+"""
+
+import json
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from gplq import __version__
+from gplq.errors import BuildError
+from gplq_export.dialect import DOMAIN
+from gplq_export.targets import GraphWriter, Linear, Quantizer, Target, codes_name
+from gplq_export.trace import OUTPUT, is_dialect, node_name
+
+
+def lower(dialect: ir.Model, target: Target, metadata: dict[str, str]) -> ir.Model:
+    """A new model for ``target``; ``dialect`` stays as it is.
+
+    Raises:
+        BuildError: the result does not pass the ONNX checker.
+    """
+    model = dialect.clone()
+    graph = model.graph
+    writer = GraphWriter(graph, target.float_type)
+    # Read before anything is replaced: a float target folds a quantiser's factor into the weight behind it.
+    pre_scales = {node_name(node): _factor_before(node) for node in graph if is_dialect(node, "Linear")}
+    codes: dict[str, str] = {}
+    if target.float_type != ir.DataType.FLOAT:
+        _change_float_type(graph, target.float_type)
+    for node in [node for node in graph if is_dialect(node)]:
+        writer.at(node)
+        name = node_name(node)
+        if node.op_type == "Mark":
+            result = _unmark(node)
+        elif node.op_type == "Quantize":
+            result = target.quantizer(writer, _quantizer(node))
+            codes[name] = codes_name(name)
+        elif node.op_type == "Linear":
+            result = _linear(writer, node, target, pre_scales[name])
+        else:
+            result = writer.node("MatMul", [node.inputs[0], node.inputs[2]], name, f"{name}.output")
+        if node.outputs[0].is_graph_output():
+            result.type, result.shape = node.outputs[0].type, node.outputs[0].shape
+        ir.convenience.replace_all_uses_with(node.outputs, [result], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+    RemoveUnusedNodesPass()(model)
+    _finish(model, target, {**metadata, "gplq.quantizers": json.dumps(codes if target.quantizes else {})})
+    return model
+
+
+def linear_nodes(dialect: ir.Model) -> list[str]:
+    """Names of the MatMul nodes that the linears become, in order."""
+    return [node_name(node) for node in dialect.graph if is_dialect(node, "Linear")]
+
+
+def _array(value: ir.Value | None) -> np.ndarray:
+    assert value is not None and value.const_value is not None  # the tracer's buffers are initialisers
+    return value.const_value.numpy()
+
+
+def _optional_array(node: ir.Node, index: int) -> np.ndarray | None:
+    present = index < len(node.inputs) and node.inputs[index] is not None
+    return _array(node.inputs[index]).astype(np.float32) if present else None
+
+
+def _quantizer(node: ir.Node) -> Quantizer:
+    x = node.inputs[0]
+    assert x is not None
+    return Quantizer(
+        name=node_name(node),
+        x=x,
+        scale=_array(node.inputs[1]).astype(np.float32),
+        pre_scale=_optional_array(node, 2),
+        bits=node.attributes["bits"].as_int(),
+        signed=bool(node.attributes["signed"].as_int()),
+    )
+
+
+def _factor_before(linear: ir.Node) -> np.ndarray | None:
+    """The per-channel factor [K] in front of the quantiser that feeds a linear, if it has one."""
+    codes = linear.inputs[0]
+    assert codes is not None
+    quantize = codes.producer()
+    assert quantize is not None and is_dialect(quantize, "Quantize")  # a linear reads codes, always
+    return _optional_array(quantize, 2)
+
+
+def _linear(writer: GraphWriter, node: ir.Node, target: Target, pre_scale: np.ndarray | None) -> ir.Value:
+    name = node_name(node)
+    scale = _array(node.inputs[3]).astype(np.float32)
+    linear = Linear(name, _array(node.inputs[2]), scale, node.attributes["bits"].as_int(), pre_scale)
+    y = writer.node("MatMul", [node.inputs[0], target.weight(writer, linear)], name, f"{name}.product")
+    bias = _optional_array(node, 4)
+    if bias is None:
+        return y
+    return writer.node("Add", [y, writer.floating(f"{name}.bias", bias)], f"{name}/Add", f"{name}.output")
+
+
+def _unmark(node: ir.Node) -> ir.Value:
+    """A mark's input, which takes the mark's name."""
+    value = node.inputs[0]
+    assert value is not None
+    value.name = node_name(node)
+    return value
+
+
+def _change_float_type(graph: ir.Graph, float_type: ir.DataType) -> None:
+    """Every FP32 initialiser and tensor becomes ``float_type``; the model's own input and output stay FP32."""
+    for value in list(graph.initializers.values()):
+        if value.dtype == ir.DataType.FLOAT:
+            # Scales are FP16-exact, so that this rounds embeddings, norms and biases only.
+            array = _array(value).astype(float_type.numpy())
+            value.const_value = ir.Tensor(array, name=value.name)
+            value.type = ir.TensorType(float_type)  # not value.dtype: the type object is shared with the original
+    for node in graph:
+        for output in node.outputs:
+            if output.dtype == ir.DataType.FLOAT:
+                output.type = ir.TensorType(float_type)
+    first = next(iter(graph))
+    for value in graph.inputs:
+        cast = ir.node("Cast", [value], attributes={"to": float_type}, name=f"{value.name}/Cast")
+        cast.outputs[0].name = f"{value.name}.cast"
+        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+        cast.replace_input_with(0, value)
+        graph.insert_before(first, cast)
+    for index, value in enumerate(graph.outputs):
+        name = value.name
+        value.name = f"{name}.uncast"
+        cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}, name=f"{name}/Cast")
+        cast.outputs[0].name, cast.outputs[0].type = name, ir.TensorType(ir.DataType.FLOAT)
+        cast.outputs[0].shape = value.shape
+        graph.append(cast)
+        graph.outputs[index] = cast.outputs[0]
+
+
+def _finish(model: ir.Model, target: Target, metadata: dict[str, str]) -> None:
+    """Names, metadata and types; then the checker."""
+    graph = model.graph
+    for node in graph:
+        # What the exporter noted for itself: half of a small file.
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value.name and not value.is_graph_output():
+                value.type = value.shape = None  # inferred again below, for the types that the target chose
+    for value in (*graph.initializers.values(), *graph.inputs, *graph.outputs):
+        value.metadata_props.clear()
+    for output, name in zip(graph.outputs, [OUTPUT], strict=True):
+        output.name = name
+    graph.metadata_props.clear()
+    graph.name = "gplq"
+    model.opset_imports.pop(DOMAIN, None)
+    model.producer_name, model.producer_version = "gplq", __version__
+    model.metadata_props.clear()
+    model.metadata_props.update({**metadata, "gplq.target": target.name})
+    _check(model, target)
+
+
+def _check(model: ir.Model, target: Target) -> None:
+    try:
+        onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise BuildError(
+            f"the {target.name} graph does not pass the ONNX checker: {first_line} Please report it."
+        ) from error

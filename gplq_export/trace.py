@@ -1,0 +1,77 @@
+"""PyTorch -> the gplq dialect of ONNX, with proof that every quantiser and every linear arrived exactly once."""
+
+import warnings
+from collections import Counter
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from gplq.checkpoint import Checkpoint, frozen_quantizers, integer_linears
+from gplq.errors import BuildError
+from gplq.layers import mark_blocks
+from gplq_export.dialect import DOMAIN, translations
+
+OPSET = 21  # the first with INT4 and UINT4 in QuantizeLinear and DequantizeLinear
+INPUT, OUTPUT = "images", "logits"
+
+
+def trace(checkpoint: Checkpoint) -> ir.Model:
+    """The checkpoint's network as a dialect model: ``images`` [batch, C, H, W] -> ``logits`` [batch, classes], FP32.
+
+    Raises:
+        BuildError: PyTorch cannot export the network, or the graph does not hold each quantiser and linear once.
+    """
+    model = checkpoint.model
+    example = torch.zeros(2, *checkpoint.preprocessing.input_size)
+    handles = mark_blocks(model)
+    try:
+        with warnings.catch_warnings():
+            # The exporter's own deprecations are no business of the user's.
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                custom_translation_table=translations(),
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise BuildError(f"PyTorch could not export {checkpoint.spec.architecture}: {first_line}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    dialect: ir.Model = program.model
+    _check_mapping(dialect, checkpoint)
+    return dialect
+
+
+def _check_mapping(dialect: ir.Model, checkpoint: Checkpoint) -> None:
+    """Every quantiser and linear of the checkpoint is one node, and every such node is one of the checkpoint."""
+    expected = {
+        "Quantize": set(frozen_quantizers(checkpoint.model)),
+        "Linear": set(integer_linears(checkpoint.model)),
+    }
+    for op_type, names in expected.items():
+        found = Counter(node_name(node) for node in dialect.graph if is_dialect(node, op_type))
+        unmatched = names.symmetric_difference(found) | {name for name, count in found.items() if count != 1}
+        if unmatched:
+            raise BuildError(
+                f"the exported graph does not hold each {op_type} of the checkpoint exactly once: "
+                f"{', '.join(sorted(unmatched)[:5])}. This is a defect of gplq; please report it."
+            )
+
+
+def is_dialect(node: ir.Node, op_type: str | None = None) -> bool:
+    """Whether a node is of the dialect, and of ``op_type`` if one is given."""
+    return node.domain == DOMAIN and op_type in (None, node.op_type)
+
+
+def node_name(node: ir.Node) -> str:
+    """The name that a dialect node got in PyTorch."""
+    return node.attributes["name"].as_string()
