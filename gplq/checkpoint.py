@@ -176,7 +176,7 @@ def _rebuild(content: dict[str, Any], path: Path) -> Checkpoint:
     model = convert(spec.build(), recipe)
     for name, entry in quantizers.items():
         if not isinstance(model.get_submodule(name), ActivationQuantizer):
-            raise ValueError(f"{spec.architecture} has no quantiser {name}")
+            raise TypeError(f"{spec.architecture} has no quantiser {name}")
         _check(entry["scale"], (), name)
         quantizer = FrozenQuantizer(entry["scale"], entry["pre_scale"], entry["bits"], bool(entry["signed"]), name)
         model.set_submodule(name, quantizer)

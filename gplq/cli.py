@@ -60,10 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--data", type=Path, required=True, help="npz file or image folder; see the README")
     quantize.add_argument("--out", type=Path, required=True, help="the checkpoint to write, such as model.pt")
     quantize.add_argument("--eval", type=Path, help="test images, if --data has none")
-    quantize.add_argument("--eval-images", type=_positive, help="measure on so many test images (default: all)")
+    quantize.add_argument("--eval-images", type=positive, help="measure on so many test images (default: all)")
     quantize.add_argument("--recipe", type=Path, help="YAML recipe (default: the paper's; see 'gplq recipe')")
     quantize.add_argument("--arch", help="timm architecture, if MODEL is a weights file")
-    quantize.add_argument("--num-classes", type=_positive, help="classes of a weights file (default: from its head)")
+    quantize.add_argument("--num-classes", type=positive, help="classes of a weights file (default: from its head)")
     quantize.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE", help="such as img_size=70")
     quantize.add_argument("--force", action="store_true", help="overwrite --out")
     quantize.set_defaults(run=_quantize)
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="measure the top-1 accuracy of a checkpoint")
     evaluate.add_argument("checkpoint", type=Path)
     evaluate.add_argument("--data", type=Path, required=True, help="npz file or image folder with test images")
-    evaluate.add_argument("--images", type=_positive, help="measure on so many of them (default: all)")
+    evaluate.add_argument("--images", type=positive, help="measure on so many of them (default: all)")
     evaluate.set_defaults(run=_eval)
 
     recipe = commands.add_parser("recipe", help="print a recipe with every key, ready to be edited")
@@ -134,7 +134,8 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument that is an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")

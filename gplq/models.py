@@ -100,7 +100,7 @@ def _from_name(name: str, model_args: dict[str, Any]) -> FloatModel:
         hint = f" Did you mean {', '.join(known)}?" if known else ""
         raise ModelError(f"'{name}' is neither an existing file or folder nor a model of timm.{hint}")
     try:
-        model = timm.create_model(name, pretrained=True, **model_args).eval()
+        model: Any = timm.create_model(name, pretrained=True, **model_args).eval()
     except Exception as error:  # the hub client raises many types; all of them mean the same to the user
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -152,7 +152,7 @@ def _from_file(path: Path, arch: str | None, model_args: dict[str, Any], num_cla
 
 
 def _preprocessing(model: nn.Module, pretrained: dict[str, Any]) -> Preprocessing:
-    """What the configuration of the weights says, or else the architecture's, at the size that the model was built for."""
+    """What the weights' configuration (or else the architecture's) says, at the size that the model was built for."""
     config = resolve_data_config({}, pretrained_cfg=pretrained, model=model)
     patch_embed: Any = getattr(model, "patch_embed", None)
     size = getattr(patch_embed, "img_size", None)

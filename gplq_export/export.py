@@ -1,0 +1,267 @@
+"""The export of a checkpoint: files, proof and manifest in one folder that appears whole or not at all.
+
+    OUT/
+      model.int4.onnx         the portable reference: explicit INT4 on weights and activations
+      model.fp32.onnx         the same network without quantisers: the twin to compare with
+      model.fp16.onnx         the twin in FP16
+      model.trt-int4.onnx     what the engine is built from                     (--trt)
+      model.trt-int4.plan     the engine; model.fp16.plan: its FP16 twin        (--trt, if a builder is installed)
+      build.*.log             the builder's own words                           (--trt)
+      reports/parity.json     PyTorch against ONNX Runtime
+      reports/layers.svg      error and unequal codes, block by block           (with matplotlib)
+      manifest.json           versions, hashes, bytes, precisions
+"""
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from gplq import __version__
+from gplq.checkpoint import Checkpoint
+from gplq.data import ImageSet
+from gplq.errors import BuildError, GateError, MissingError, PrecisionError, UsageError
+from gplq.files import sha256, write_json, writing_error
+from gplq.provenance import environment
+from gplq_export.engine import EngineReport, build_engine, check_precision, find_builder, linear_precisions
+from gplq_export.lowering import linear_nodes, lower
+from gplq_export.parity import ParityReport, compare
+from gplq_export.plot import plot_layers
+from gplq_export.targets import TARGETS
+from gplq_export.trace import trace
+
+MANIFEST_SCHEMA_VERSION = "1.0"
+Say = Callable[[str], None]
+
+
+@dataclass
+class ExportResult:
+    """What an export produced.
+
+    Attributes:
+        files: name -> {bytes, sha256}. ``storage``: bytes of the INT4 file by what they hold. ``parity``: None if no
+        images were given. ``engines``: name -> report. ``problems``: what did not work out, most severe first; each
+        an error with its exit code.
+    """
+
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    storage: dict[str, int] = field(default_factory=dict)
+    parity: ParityReport | None = None
+    engines: dict[str, EngineReport] = field(default_factory=dict)
+    linears: list[str] = field(default_factory=list)
+    problems: list[GateError | MissingError | BuildError | PrecisionError] = field(default_factory=list)
+
+
+def export(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    trt: bool = False,
+    images: ImageSet | None = None,
+    forced_images: int = 256,
+    batch: tuple[int, int, int] = (1, 8, 32),
+    compute_capabilities: tuple[int, ...] = (),
+    force: bool = False,
+    say: Say = print,
+) -> ExportResult:
+    """Write the ONNX files, prove them, build engines; see the module's text for the files.
+
+    A gate that fails, a builder that is missing or a build that fails does not stop the rest: the folder is written,
+    the manifest says so, and ``problems`` holds the errors.
+
+    Args:
+        trt: also write TensorRT's file and build engines from it.
+        images: test images for the parity check.
+        batch: smallest, most likely and largest batch of the engines.
+        compute_capabilities: GPUs to build for, such as (86, 89); empty: the builder's default.
+
+    Raises:
+        UsageError: ``out`` exists and ``force`` is not given, or cannot be written.
+        BuildError: the network cannot be exported at all.
+    """
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists. Choose another --out, or overwrite it with --force.")
+    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} was not written by gplq-export (it has no manifest.json): --force does not delete it.")
+    with _folder(out) as folder:
+        result = ExportResult()
+        say("exporting from PyTorch")
+        dialect = trace(checkpoint)
+        result.linears = linear_nodes(dialect)
+        metadata = _metadata(checkpoint)
+        names = ["int4", "fp32", "fp16", *(["trt-int4"] if trt else [])]
+        models = {name: lower(dialect, TARGETS[name](), metadata) for name in names}
+        for name, model in models.items():
+            path = folder / f"model.{name}.onnx"
+            ir.save(model, path)
+            result.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            say(f"{path.name}: {path.stat().st_size:,} bytes")
+        result.storage = storage(models["int4"], result.files["model.int4.onnx"]["bytes"])
+        if images is not None:
+            _prove(checkpoint, models["int4"], images, forced_images, folder, result, say)
+        if trt:
+            _build(folder, result, batch, compute_capabilities, say)
+        write_json(folder / "manifest.json", _manifest(checkpoint, result))
+    result.problems.sort(key=lambda error: _SEVERITY.index(type(error)))
+    return result
+
+
+# Which error ends the command if there are several: wrong numbers first, an absent builder last.
+_SEVERITY = [GateError, PrecisionError, BuildError, MissingError]
+
+
+class _folder:  # noqa: N801  a context manager that reads like a function
+    """A folder that is filled under a temporary name and renamed when it is complete."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def __enter__(self) -> Path:
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".tmp", dir=self.out.parent))
+            self.temporary.chmod(0o755)
+        except OSError as error:
+            raise writing_error(self.out, error) from error
+        return self.temporary
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is not None:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise writing_error(self.out, error) from error
+            return
+        try:
+            old = self.temporary.with_suffix(".old")
+            if self.out.exists():
+                self.out.rename(old)
+            self.temporary.rename(self.out)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as failure:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            raise writing_error(self.out, failure) from failure
+
+
+def storage(model: ir.Model, file_bytes: int) -> dict[str, int]:
+    """Bytes of an INT4 file by what they hold; "graph" is what is no tensor: nodes, names and metadata."""
+    found = Counter[str]()
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.dtype == ir.DataType.INT4 and name.endswith(".codes"):
+            kind = "weight codes, 4 bits"
+        elif tensor.dtype == ir.DataType.INT8 and name.endswith(".codes"):
+            kind = "weight codes, 8 bits (patch embedding, classifier)"
+        elif name.endswith((".scale", ".weight_scale", ".pre_scale")):
+            kind = "scales"
+        elif name.endswith(".bias") and "norm" not in name:
+            kind = "biases of linears"
+        else:
+            kind = "norms, embeddings, constants"
+        found[kind] += (int(np.prod(tuple(tensor.shape))) + 1) // 2 if tensor.dtype.itemsize < 1 else tensor.nbytes
+    found["graph"] = file_bytes - sum(found.values())
+    return dict(found.most_common())
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    return {
+        "gplq.version": __version__,
+        "gplq.checkpoint_sha256": checkpoint.sha256,
+        "gplq.source_sha256": str(checkpoint.provenance.get("source_sha256", "")),
+        "gplq.architecture": checkpoint.spec.architecture,
+        "gplq.preprocessing": json.dumps(checkpoint.preprocessing.to_dict()),
+        "gplq.label_names": json.dumps(checkpoint.label_names),
+        "gplq.recipe": json.dumps(checkpoint.recipe.to_dict()),
+        "gplq.versions": json.dumps(environment()["versions"]),
+    }
+
+
+def _prove(
+    checkpoint: Checkpoint,
+    model: ir.Model,
+    images: ImageSet,
+    forced_images: int,
+    folder: Path,
+    result: ExportResult,
+    say: Say,
+) -> None:
+    try:
+        parity = compare(checkpoint.model, model, images, forced_images=forced_images)
+    except MissingError as error:
+        say(f"parity: skipped. {error}")
+        result.problems.append(error)
+        return
+    result.parity = parity
+    write_json(folder / "reports" / "parity.json", {"schema_version": "1.0", **environment(), **parity.to_dict()})
+    plotted = plot_layers(parity, folder / "reports" / "layers.svg", folder / "reports" / "layers.png")
+    if not plotted:
+        say("picture: skipped, matplotlib is not installed (pip install 'gplq[report]')")
+    if failures := parity.failures():
+        result.problems.append(GateError("; ".join(failures)))
+
+
+def _build(
+    folder: Path, result: ExportResult, batch: tuple[int, int, int], compute_capabilities: tuple[int, ...], say: Say
+) -> None:
+    try:
+        backend = find_builder()
+    except MissingError as error:
+        say(f"engine: skipped. {error}")
+        result.problems.append(error)
+        return
+    for name, expected in (("trt-int4", "INT8"), ("fp16", "FP16")):
+        try:
+            report = build_engine(
+                folder / f"model.{name}.onnx",
+                folder / f"model.{name}.plan",
+                batch=batch,
+                compute_capabilities=compute_capabilities,
+                backend=backend,
+                log_path=folder / f"build.{name}.log",
+            )
+            result.engines[name] = report
+            result.files[f"model.{name}.plan"] = {"bytes": report.plan_bytes, "sha256": report.plan_sha256}
+            check_precision(report, result.linears, expected)
+        except (BuildError, PrecisionError) as error:
+            say(f"engine {name}: {error}")
+            result.problems.append(error)
+        else:
+            say(
+                f"model.{name}.plan: {report.plan_bytes:,} bytes, {backend.name} {backend.version}, "
+                f"{report.build_seconds:.1f} s; all {len(result.linears)} linears run {expected} (read back)"
+            )
+
+
+def _manifest(checkpoint: Checkpoint, result: ExportResult) -> dict[str, Any]:
+    bits = checkpoint.recipe
+    return {
+        "schema_version": MANIFEST_SCHEMA_VERSION,
+        "tool": "gplq-export",
+        "tool_version": __version__,
+        **environment(),
+        "checkpoint": {"sha256": checkpoint.sha256, "provenance": checkpoint.provenance},
+        "input": {"name": "images", "shape": ["batch", *checkpoint.preprocessing.input_size], "dtype": "float32"},
+        "output": {"name": "logits", "shape": ["batch", checkpoint.spec.num_classes], "dtype": "float32"},
+        "preprocessing": checkpoint.preprocessing.to_dict(),
+        "label_names": checkpoint.label_names,
+        "precision": {
+            "weights": f"INT{bits.weight_bits} storage; INT{bits.first_last_bits} in the first and last layer",
+            "activations": f"{bits.activation_bits}-bit grid; carried by INT4 in the reference, INT8 in TensorRT",
+            "compute": "floating point in the reference; INT8 linears in TensorRT, proven per layer under engines",
+        },
+        "files": result.files,
+        "int4_onnx_bytes": result.storage,
+        "parity": None if result.parity is None else result.parity.to_dict(),
+        "engines": {
+            name: {**report.to_dict(), "linear_precisions": linear_precisions(report.layers, result.linears)}
+            for name, report in result.engines.items()
+        },
+        "problems": [{"exit_code": error.exit_code, "message": str(error)} for error in result.problems],
+    }

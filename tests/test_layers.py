@@ -1,0 +1,160 @@
+"""Converting a timm model, folding scales, and multiplying codes."""
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import fast_recipe, make_model
+from torch import nn
+
+from gplq import ops, stage2
+from gplq.calibrate import calibrate
+from gplq.data import ImageSet
+from gplq.errors import ModelError
+from gplq.fold import fold_channels
+from gplq.integer import FrozenQuantizer, IntegerLinear, set_rounding
+from gplq.layers import QuantPatchConv, check_supported, convert
+from gplq.recipe import Recipe
+
+VARIANTS = {
+    "class-token": {},
+    "average-pool": {"global_pool": "avg"},
+    "qk-norm": {"qk_norm": True},
+    "layer-scale": {"init_values": 0.1},
+    "no-qkv-bias": {"qkv_bias": False},
+    "pre-norm": {"pre_norm": True},
+    "registers": {"reg_tokens": 2, "no_embed_class": True},
+    "three-channels": {"in_chans": 3},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_converted_model_gives_the_float_logits(variant: str) -> None:
+    model = make_model(**VARIANTS[variant])
+    x = torch.randn(3, VARIANTS[variant].get("in_chans", 1), 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(x)
+        actual = convert(copy.deepcopy(model), Recipe())(x)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["class-token", "qk-norm", "no-qkv-bias", "average-pool"])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_folding_and_freezing_keep_the_logits_without_rounding(
+    variant: str, granularity: str, train_set: ImageSet, probe: torch.Tensor
+) -> None:
+    # With 8-bit weights to nearest, what is left between the frozen and the float model is the weights' rounding;
+    # so the frozen weights go back into the float model's place, and nothing but the fold can differ.
+    model = convert(make_model(**VARIANTS[variant]), fast_recipe(granularity=granularity))
+    calibrate(model, train_set, fast_recipe())
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "mode"):
+                module.mode = "float"
+        expected = model(probe)
+        weights = {}
+
+        def keep_float(linear: nn.Linear, moment: torch.Tensor, name: str) -> IntegerLinear:
+            weights[name] = linear.weight.detach().clone()
+            rows = linear.weight.shape[0]
+            bias = None if linear.bias is None else linear.bias.detach().clone()
+            return IntegerLinear(linear.weight.detach().clone(), torch.ones(rows), bias, 8, name)
+
+        quantizer = stage2._WeightQuantizer(fast_recipe())
+        stream = stage2._BlockInputs(model, train_set, fast_recipe(), 64)
+        quantizer._round = keep_float  # type: ignore[method-assign,assignment]  # the fold is tested, not the rounding
+        for name, block in stage2.blocks(model):
+            for layer_name, layer in stage2._layers(block):
+                norm = stage2.norm_before(block, layer_name)
+                quantizer.freeze(f"{name}.{layer_name}", layer, norm, block, stream)
+            stream.advance(block)
+        set_rounding(model, False)
+        actual = model(probe)
+    assert len(weights) == 12
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_fold_moves_scales_exactly_when_they_are_powers_of_two() -> None:
+    torch.manual_seed(0)
+    norm, linear = nn.LayerNorm(8), nn.Linear(8, 3)
+    scale = 2.0 ** torch.arange(-4, 4)
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        before = linear(norm(x))
+        assert fold_channels(scale, [linear], norm) is None
+        torch.testing.assert_close(norm.weight, 1 / scale, rtol=0, atol=0)
+        torch.testing.assert_close(linear(norm(x)), before, rtol=1e-6, atol=1e-6)
+        factor = fold_channels(scale, [linear], None)
+    assert factor is not None
+    assert torch.equal(factor, 1 / scale)
+
+
+def test_code_matmuls_are_exact() -> None:
+    random = np.random.default_rng(0)
+    a, b = random.integers(-8, 8, (2, 50, 2048)), random.integers(-8, 8, (40, 2048))
+    weight_scale = np.exp2(random.integers(-6, 6, 40).astype(np.float64))  # products with powers of two do not round
+    a32, b8 = torch.from_numpy(a).float(), torch.from_numpy(b).to(torch.int8)
+    y = ops.linear(a32, torch.tensor(0.5), b8, torch.from_numpy(weight_scale).float(), None, 4, "y")
+    np.testing.assert_array_equal(y.double().numpy(), (a @ b.T) * 0.5 * weight_scale)
+    y = ops.matmul(a32, torch.tensor(0.5), torch.from_numpy(b.T).float().expand(2, -1, -1), torch.tensor(0.25), "y")
+    np.testing.assert_array_equal(y.double().numpy(), (a @ b.T) * 0.125)
+
+
+def test_frozen_leaves_compute_what_their_formula_says() -> None:
+    random = np.random.default_rng(1)
+    x = random.normal(size=(6, 32)).astype(np.float32)
+    codes = random.integers(-8, 8, (5, 32))
+    quantizer = FrozenQuantizer(torch.tensor(0.25), torch.full((32,), 2.0), 4, signed=True, name="q")
+    linear = IntegerLinear(torch.from_numpy(codes).to(torch.int8), torch.full((5,), 0.5), torch.ones(5), 4, "l")
+    expected = (np.clip(np.rint(x.astype(np.float64) * 2 / 0.25), -8, 7) @ codes.T) * 0.125 + 1
+    np.testing.assert_array_equal(linear(quantizer(torch.from_numpy(x))).double().numpy(), expected)
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(4, 16), (4, 18), (3, 16)])
+def test_patch_layer_is_the_convolution(kernel: int, size: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, kernel, stride=kernel)
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(QuantPatchConv(conv, nn.Identity())(x), conv(x), rtol=0, atol=1e-5)
+
+
+def test_resnet_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="ResNet is not a ViT"):
+        convert(timm.create_model("resnet10t", num_classes=2), Recipe())
+
+
+@pytest.mark.parametrize(
+    ("changes", "layer"),
+    [
+        ({"block_fn": "ResPostBlock"}, r"blocks\.0"),
+        ({"block_fn": "ParallelThingsBlock"}, r"blocks\.0"),
+        ({"block_fn": "ParallelScalingBlock"}, r"blocks\.0"),
+        ({"global_pool": "map"}, "attn_pool"),
+        ({"norm_layer": "rmsnorm"}, r"blocks\.0\.norm1"),
+    ],
+)
+def test_unsupported_layer_is_refused_by_name(changes: dict[str, str], layer: str) -> None:
+    from timm.models import vision_transformer
+
+    arguments = {**changes}
+    if "block_fn" in changes:
+        arguments["block_fn"] = getattr(vision_transformer, changes["block_fn"])
+    with pytest.raises(ModelError, match=f"layer '{layer}"):
+        check_supported(make_model(**arguments))
+
+
+def test_added_layer_is_refused_by_name() -> None:
+    model = make_model()
+    model.blocks[1].mlp.norm = nn.BatchNorm1d(4)  # type: ignore[index,union-attr]
+    with pytest.raises(ModelError, match=r"layer 'blocks\.1\.mlp\.norm' \(BatchNorm1d\)"):
+        convert(model, Recipe())
+
+
+def test_attention_mask_is_refused() -> None:
+    model = convert(make_model(), Recipe())
+    with pytest.raises(ModelError, match="attention masks"):
+        model.blocks[0].attn(torch.zeros(1, 17, 64), attn_mask=torch.zeros(17, 17))  # type: ignore[index,union-attr]
