@@ -29,7 +29,7 @@ from gplq.errors import CheckpointError, UsageError
 from gplq.files import atomic_path, sha256
 from gplq.grid import pack_codes, unpack_codes
 from gplq.integer import FrozenQuantizer, IntegerLinear
-from gplq.layers import convert
+from gplq.layers import convert, is_edge
 from gplq.lsq import ActivationQuantizer
 from gplq.models import ModelSpec
 from gplq.recipe import Recipe
@@ -175,8 +175,13 @@ def _rebuild(content: dict[str, Any], path: Path) -> Checkpoint:
     _check_size(spec, linears, floats, path.stat().st_size)
     model = convert(spec.build(), recipe)
     for name, entry in quantizers.items():
-        if not isinstance(model.get_submodule(name), ActivationQuantizer):
+        trained = model.get_submodule(name)
+        if not isinstance(trained, ActivationQuantizer):
             raise TypeError(f"{spec.architecture} has no quantiser {name}")
+        if (entry["bits"], entry["signed"]) != (trained.bits, trained.signed):
+            raise ValueError(f"the bits of {name} are not those of the recipe")
+        if entry["pre_scale"] is not None:
+            _check(entry["pre_scale"], (entry["pre_scale"].numel(),), f"{name} (pre_scale)")
         _check(entry["scale"], (), name)
         quantizer = FrozenQuantizer(entry["scale"], entry["pre_scale"], entry["bits"], bool(entry["signed"]), name)
         model.set_submodule(name, quantizer)
@@ -186,6 +191,8 @@ def _rebuild(content: dict[str, Any], path: Path) -> Checkpoint:
         bias = entry["bias"]
         if not isinstance(linear, nn.Linear) or shape != tuple(linear.weight.shape):
             raise ValueError(f"{spec.architecture} has no linear {name} of shape {list(shape)}")
+        if entry["bits"] != (recipe.first_last_bits if is_edge(name) else recipe.weight_bits):
+            raise ValueError(f"the bits of {name} are not those of the recipe")
         if (bias is None) != (linear.bias is None) or (bias is not None and bias.shape != shape[:1]):
             raise ValueError(f"the bias of {name} does not fit")
         _check(entry["scale"], shape[:1], name)

@@ -123,9 +123,11 @@ def _from_folder(folder: Path, extra_args: dict[str, Any]) -> FloatModel:
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         pretrained = config.get("pretrained_cfg", {})
+        # timm repeats the number of classes among the arguments.
+        stored_args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
         spec = ModelSpec(
             architecture=config["architecture"],
-            model_args={**config.get("model_args", {}), **extra_args},
+            model_args={**stored_args, **extra_args},
             num_classes=int(config["num_classes"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -49,9 +49,8 @@ def write_model(folder: Path, **changes: Any) -> Path:
     """Write the folder that timm's own exporter writes."""
     model = make_model(**changes)
     config = {"input_size": [1, 16, 16], "mean": [0.5], "std": [0.25], "interpolation": "bilinear", "crop_pct": 1.0}
-    config["label_names"] = CLASSES
     model.pretrained_cfg = {**model.pretrained_cfg, **config}  # type: ignore[operator]
-    timm.models.save_for_hf(model, folder, model_args={**MODEL_ARGS, **changes}, safe_serialization=True)
+    timm.models.save_for_hf(model, folder, model_config={"label_names": CLASSES}, safe_serialization=True)
     return folder
 
 

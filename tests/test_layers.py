@@ -46,8 +46,7 @@ def test_converted_model_gives_the_float_logits(variant: str) -> None:
 def test_folding_and_freezing_keep_the_logits_without_rounding(
     variant: str, granularity: str, train_set: ImageSet, probe: torch.Tensor
 ) -> None:
-    # With 8-bit weights to nearest, what is left between the frozen and the float model is the weights' rounding;
-    # so the frozen weights go back into the float model's place, and nothing but the fold can differ.
+    # The real freezing, but weights stay unrounded, so that nothing except the fold can change the logits.
     model = convert(make_model(**VARIANTS[variant]), fast_recipe(granularity=granularity))
     calibrate(model, train_set, fast_recipe())
     with torch.no_grad():

@@ -1,0 +1,215 @@
+"""npz files and image folders: what is read, and what every error says."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, make_arrays
+from PIL import Image
+
+from gplq.data import Preprocessing, batches, check_labels, draw, open_images
+from gplq.errors import DataError
+
+GREY = Preprocessing((1, 16, 16), "bilinear", 1.0, "center", (0.5,), (0.25,))
+COLOUR = Preprocessing((3, 16, 16), "bilinear", 1.0, "center", (0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
+
+
+def write_npz(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def test_npz_pixels_arrive_normalised(npz_file: Path) -> None:
+    images = open_images(npz_file, "test", GREY)
+    pixels, labels = make_arrays(64, seed=2)
+    assert len(images) == 64
+    assert list(images.labels) == labels.tolist()
+    expected = (pixels[5].astype(np.float64) / 255 - 0.5) / 0.25
+    np.testing.assert_allclose(images[5][0].numpy()[0], expected, atol=1e-6)
+    assert images[5][0].dtype == torch.float32
+
+
+def test_grey_images_reach_a_colour_model_in_three_channels(npz_file: Path) -> None:
+    tensor = open_images(npz_file, "train", COLOUR)[0][0]
+    assert tensor.shape == (3, 16, 16)
+    torch.testing.assert_close(tensor[0] * 0.25 + 0.5, tensor[2] * 0.1 + 0.3, rtol=0, atol=1e-6)
+
+
+def test_npz_with_one_split_serves_both(tmp_path: Path) -> None:
+    pixels, labels = make_arrays(6, seed=0)
+    colour = np.repeat(pixels[..., None], 3, axis=3)
+    path = write_npz(tmp_path / "one.npz", images=colour, labels=labels.astype(np.uint8))
+    train, test = (open_images(path, split, COLOUR) for split in ("train", "test"))
+    assert train.fingerprint == test.fingerprint
+    assert torch.equal(train[3][0], test[3][0])
+
+
+def test_splits_of_a_file_have_fingerprints_of_their_own(npz_file: Path) -> None:
+    assert open_images(npz_file, "train", GREY).fingerprint != open_images(npz_file, "test", GREY).fingerprint
+
+
+@pytest.mark.parametrize("test_name", ["val", "validation", "test"])
+def test_folder_splits_are_found(test_name: str, image_folder: Path) -> None:
+    (image_folder / "val").rename(image_folder / test_name)
+    train, test = (open_images(image_folder, split, GREY) for split in ("train", "test"))
+    assert (len(train), len(test)) == (16, 8)
+    assert train.classes == test.classes == CLASSES
+    assert train[0][0].shape == (1, 16, 16)
+
+
+def test_folder_and_npz_give_the_same_tensors(image_folder: Path, tmp_path: Path) -> None:
+    folder = open_images(image_folder, "train", GREY)
+    pixels = np.stack([np.asarray(Image.open(path)) for path in folder.items])
+    npz = open_images(write_npz(tmp_path / "same.npz", images=pixels, labels=np.array(folder.labels)), "train", GREY)
+    assert all(torch.equal(folder[index][0], npz[index][0]) for index in range(len(folder)))
+    assert list(folder.labels) == list(npz.labels)
+
+
+def test_folder_without_splits_is_read_whole(image_folder: Path) -> None:
+    assert len(open_images(image_folder / "val", "train", GREY)) == 8
+
+
+def test_fingerprint_of_a_folder_follows_its_files(image_folder: Path) -> None:
+    before = open_images(image_folder, "test", GREY)
+    extra = image_folder / "val" / CLASSES[0] / "extra.png"
+    Image.new("L", (16, 16)).save(extra)
+    assert open_images(image_folder, "test", GREY).fingerprint != before.fingerprint
+
+
+def write_text(path: Path) -> Path:
+    path.write_text("no image")
+    return path
+
+
+def bad_inputs(folder: Path) -> dict[str, tuple[Callable[[], Path], str]]:
+    pixels, labels = make_arrays(6, seed=0)
+    empty = pixels[:0]
+
+    def truncated() -> Path:
+        path = write_npz(folder / "cut.npz", images=pixels, labels=labels)
+        path.write_bytes(path.read_bytes()[:-200])
+        return path
+
+    def flipped() -> Path:
+        path = write_npz(folder / "flip.npz", images=pixels, labels=labels)
+        content = bytearray(path.read_bytes())
+        content[500] ^= 0xFF  # within the pixels: the checksum does not hold
+        path.write_bytes(content)
+        return path
+
+    def make_folder(name: str) -> Path:
+        (folder / name).mkdir(parents=True)
+        return folder / name
+
+    def npz(**arrays: Any) -> Callable[[], Path]:
+        return lambda: write_npz(folder / "bad.npz", **arrays)
+
+    return {
+        "missing": (lambda: folder / "none", "does not exist"),
+        "other-file": (lambda: write_text(folder / "file.txt"), "neither a folder nor an .npz"),
+        "text-as-npz": (lambda: write_text(folder / "text.npz"), r"cannot read .*text\.npz"),
+        "truncated-npz": (truncated, r"cannot read .*cut\.npz"),
+        "damaged-npz": (flipped, r"cannot read .*flip\.npz"),
+        "empty-npz": (npz(), "no train images.*found none"),
+        "other-arrays": (npz(x=pixels, y=labels), "no train images.*found x, y"),
+        "no-labels": (npz(train_images=pixels), "no train images"),
+        "only-test": (npz(test_images=pixels, test_labels=labels), "no train images"),
+        "no-images": (npz(images=empty, labels=labels[:0]), "holds no train images"),
+        "float-images": (npz(images=pixels / 255.0, labels=labels), "uint8.*found float64"),
+        "flat-images": (npz(images=pixels.reshape(6, -1), labels=labels), r"found uint8 \[6, 256\]"),
+        "channels-first": (npz(images=np.zeros((6, 3, 16, 16), np.uint8), labels=labels), r"\[6, 3, 16, 16\]"),
+        "labels-too-few": (npz(images=pixels, labels=labels[:5]), r"with \[5\] labels"),
+        "one-hot-labels": (npz(images=pixels, labels=np.eye(6, dtype=int)), r"with \[6, 6\] labels"),
+        "float-labels": (npz(images=pixels, labels=labels * 1.0), "labels must be integers; found float64"),
+        "pickled-labels": (npz(images=pixels, labels=labels.astype(object)), "without pickled objects"),
+        "empty-folder": (lambda: make_folder("void"), "is not an image folder"),
+        "class-without-images": (lambda: make_folder("classes/cat").parent, "is not an image folder"),
+        "only-val-folder": (lambda: make_folder("split/val").parent, "no train images: expected a sub-folder train"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_inputs(Path()))
+def test_bad_input_is_explained(name: str, tmp_path: Path) -> None:
+    make, message = bad_inputs(tmp_path)[name]
+    path = make()
+    with pytest.raises(DataError, match=message) as caught:
+        open_images(path, "train", GREY)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\nbroken"])
+def test_corrupt_image_is_named(content: bytes, image_folder: Path) -> None:
+    images = open_images(image_folder, "train", GREY)
+    images.items[3].write_bytes(content)
+    with pytest.raises(DataError, match=rf"cannot read {images.items[3]}: .*Repair or remove it"):
+        images[3]
+    with pytest.raises(DataError, match=str(images.items[3])):
+        list(batches(images, 8))
+
+
+def test_truncated_image_is_named(image_folder: Path) -> None:
+    images = open_images(image_folder, "train", GREY)
+    images.items[0].write_bytes(images.items[0].read_bytes()[:-60])
+    with pytest.raises(DataError, match=str(images.items[0])):
+        images[0]
+
+
+def test_folders_are_matched_to_label_names_whatever_their_order(image_folder: Path) -> None:
+    images = open_images(image_folder, "test", GREY)
+    model_names = ["top-right", "unused", "top-left", "bottom-right", "bottom-left"]
+    expected = [model_names.index(path.parent.name) for path in images.items]
+    for _ in range(2):  # a second call changes nothing
+        check_labels(images, 5, model_names)
+        assert list(images.labels) == expected
+
+
+def test_folders_of_other_names_are_matched_by_order_if_all_are_there(image_folder: Path) -> None:
+    images = open_images(image_folder, "test", GREY)
+    before = list(images.labels)
+    check_labels(images, 4, ["a", "b", "c", "d"])
+    check_labels(images, 4, None)
+    assert list(images.labels) == before
+
+
+def test_folders_that_cannot_be_matched_are_refused(image_folder: Path) -> None:
+    with pytest.raises(DataError, match="4 class folders, the model 10 classes"):
+        check_labels(open_images(image_folder, "test", GREY), 10, None)
+
+
+def test_labels_outside_the_model_are_refused(tmp_path: Path) -> None:
+    pixels, _ = make_arrays(3, seed=0)
+    for labels in ([0, 1, 4], [-1, 0, 1]):
+        images = open_images(write_npz(tmp_path / "n.npz", images=pixels, labels=np.array(labels)), "train", GREY)
+        with pytest.raises(DataError, match=f"labels {min(labels)} … {max(labels)}, the model has 4 classes"):
+            check_labels(images, 4, None)
+
+
+def test_head_is_spread_over_the_set(npz_file: Path) -> None:
+    images = open_images(npz_file, "test", GREY)
+    few = images.head(4)
+    assert [few[index][1] for index in range(4)] == [images[index][1] for index in (0, 21, 42, 63)]
+    assert torch.equal(few[3][0], images[63][0])
+    assert few.fingerprint != images.fingerprint
+    assert images.head(None) is images.head(64) is images
+
+
+def test_draw_is_distinct_and_repeatable() -> None:
+    drawn = draw(50, 20, seed=1)
+    assert len(set(drawn)) == 20
+    assert drawn == draw(50, 20, seed=1) != draw(50, 20, seed=2)
+    assert sorted(draw(5, 20, seed=0)) == [0, 1, 2, 3, 4]
+
+
+def test_batches_follow_the_indices(npz_file: Path) -> None:
+    images = open_images(npz_file, "test", GREY)
+    found = list(batches(images, 3, [9, 1, 5, 2]))
+    assert [len(labels) for _, labels in found] == [3, 1]
+    assert torch.equal(found[0][0][2], images[5][0])
+    assert found[1][1].tolist() == [images.labels[2]]
+
+
+def test_preprocessing_round_trip() -> None:
+    assert Preprocessing.from_dict(COLOUR.to_dict()) == COLOUR
