@@ -16,6 +16,7 @@ It is written by ``torch.save`` and holds a dict of plain data and tensors only,
 Loading rebuilds the architecture with timm, after checking that its size is that of the file's tensors.
 """
 
+import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +106,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
             name: tensor for name, tensor in checkpoint.model.state_dict().items() if not name.startswith(integer)
         },
     }
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    write_plain(content, path)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -140,6 +140,19 @@ def load(path: str | Path) -> nn.Module:
         CheckpointError: the file is missing, damaged, hostile, or from a newer version of gplq.
     """
     return load_checkpoint(Path(path)).model
+
+
+def write_plain(content: dict[str, Any], path: Path) -> None:
+    """``torch.save`` to ``path``, atomically.
+
+    Raises:
+        UsageError: the folder cannot be written to, or is full.
+    """
+    # Through memory: torch's own file writer reports a full disk as an internal error of its archive format.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def read_plain(path: Path) -> Any:

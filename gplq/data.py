@@ -97,8 +97,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         item = self.items[index]
         try:
-            image = Image.open(item) if isinstance(item, str | Path) else Image.fromarray(item)
-            tensor: Tensor = self._transform(image.convert(self._mode))
+            with Image.open(item) if isinstance(item, str | Path) else Image.fromarray(item) as image:
+                tensor: Tensor = self._transform(image.convert(self._mode))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
             where = item if isinstance(item, str | Path) else f"image {index} of {self.source}"
             raise DataError(f"cannot read {where}: {error}. Repair or remove it and run again.") from error
@@ -149,7 +149,7 @@ def open_images(path: Path, split: str, preprocessing: Preprocessing) -> ImageSe
 
 def _open_npz(path: Path, split: str, preprocessing: Preprocessing) -> ImageSet:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             size = sum(info.file_size for info in arrays.zip.infolist())
             if size > _NPZ_LIMIT_BYTES:
                 raise DataError(f"{path} decompresses to {size / 2**30:.0f} GiB; use an image folder instead.")

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from gplq import stage1, stage2
 from gplq.calibrate import calibrate
-from gplq.checkpoint import Checkpoint, read_plain, save_checkpoint
+from gplq.checkpoint import Checkpoint, read_plain, save_checkpoint, write_plain
 from gplq.data import ImageSet, check_labels, open_images
 from gplq.errors import CheckpointError, UsageError
 from gplq.evaluate import Accuracy, top1
@@ -162,8 +161,7 @@ class _Run:
 
     def save(self, key: str, content: dict[str, Any]) -> None:
         self.state[key] = content
-        with atomic_path(self.path) as temporary:
-            torch.save(self.state, temporary)
+        write_plain(self.state, self.path)
 
     def finish(self) -> None:
         self.path.unlink(missing_ok=True)
