@@ -82,10 +82,14 @@ class ActivationQuantizer(nn.Module):
         low, high = rows.amin(0), rows.amax(0)
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
-        # Evenly spaced rows of each batch: bounded, deterministic, and from every image alike. The list is thinned
-        # by half when it outgrows its bound, so that memory does not grow with the number of batches.
+        # Random rows of each batch, always the same ones: a fixed stride would meet some channels only, if it shares a
+        # factor with their number. The list is thinned by half when it outgrows its bound, so that memory does not
+        # grow with the number of batches.
         keep = max(1, SAMPLE_VALUES // 8 // rows.shape[1])
-        self._samples.append(rows[:: max(1, rows.shape[0] // keep)].clone())
+        if rows.shape[0] > keep:
+            generator = torch.Generator().manual_seed(len(self._samples))
+            rows = rows[torch.randint(rows.shape[0], (keep,), generator=generator).to(rows.device)]
+        self._samples.append(rows.clone())
         if sum(sample.numel() for sample in self._samples) > SAMPLE_VALUES:
             self._samples = [torch.cat(self._samples)[::2]]
 

@@ -22,9 +22,9 @@ def classify(model: nn.Module, features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit_pca(teacher: nn.Module, images: ImageSet, count: int, variance: float, seed: int) -> Tensor:
-    """Principal directions [D, k] of the teacher's features, enough for a share ``variance`` of their variance.
+    """Principal directions [D, k] of the teacher's features, about enough for a share ``variance`` of their variance.
 
-    k is rounded to a multiple of 32, as in the paper. The covariance is summed up image by image in FP64: memory is
+    k is rounded to the nearest multiple of 32 (at least 32), as in the paper. The covariance is summed up image by image in FP64: memory is
     D x D, whatever ``count`` is.
     """
     total: Tensor | None = None

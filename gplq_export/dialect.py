@@ -30,9 +30,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def quantize(x: Any, scale: Any, pre_scale: Any, bits: int, signed: bool, name: str) -> Any:
         return dialect.Quantize(x, scale, pre_scale, bits=bits, signed=int(signed), name=name)
 
-    def linear(
-        codes: Any, scale: Any, weight: Any, weight_scale: Any, bias: Any, bits: int, name: str
-    ) -> Any:
+    def linear(codes: Any, scale: Any, weight: Any, weight_scale: Any, bias: Any, bits: int, name: str) -> Any:
         return dialect.Linear(codes, scale, weight, weight_scale, bias, bits=bits, name=name)
 
     def matmul(a: Any, a_scale: Any, b: Any, b_scale: Any, name: str) -> Any:
@@ -98,5 +96,3 @@ def _is_registered() -> bool:
     except onnx.defs.SchemaError:
         return False
     return True
-
-

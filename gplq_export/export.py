@@ -1,5 +1,7 @@
 """The export of a checkpoint: files, proof and manifest in one folder that appears whole or not at all.
 
+::
+
     OUT/
       model.int4.onnx         the portable reference: explicit INT4 on weights and activations
       model.fp32.onnx         the same network without quantisers: the twin to compare with
@@ -19,9 +21,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from gplq import __version__
@@ -38,6 +40,7 @@ from gplq_export.targets import TARGETS
 from gplq_export.trace import trace
 
 MANIFEST_SCHEMA_VERSION = "1.0"
+_TOOL = "gplq-export"
 Say = Callable[[str], None]
 
 
@@ -77,10 +80,15 @@ def export(
     the manifest says so, and ``problems`` holds the errors.
 
     Args:
+        checkpoint: what to export.
+        out: the folder to write.
         trt: also write TensorRT's file and build engines from it.
         images: test images for the parity check.
+        forced_images: so many of them for its teacher-forced part.
         batch: smallest, most likely and largest batch of the engines.
         compute_capabilities: GPUs to build for, such as (86, 89); empty: the builder's default.
+        force: replace ``out`` if it is the folder of an earlier export, or empty.
+        say: where progress messages go.
 
     Raises:
         UsageError: ``out`` exists and ``force`` is not given, or cannot be written.
@@ -88,8 +96,10 @@ def export(
     """
     if out.exists() and not force:
         raise UsageError(f"{out} exists. Choose another --out, or overwrite it with --force.")
-    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} was not written by gplq-export (it has no manifest.json): --force does not delete it.")
+    if out.exists() and not _is_ours(out):
+        raise UsageError(
+            f"{out} was not written by gplq-export (it has no manifest.json of ours): --force does not delete it."
+        )
     with _folder(out) as folder:
         result = ExportResult()
         say("exporting from PyTorch")
@@ -117,6 +127,17 @@ def export(
 _SEVERITY = [GateError, PrecisionError, BuildError, MissingError]
 
 
+def _is_ours(out: Path) -> bool:
+    """Whether a folder holds an earlier export, or nothing. Other tools write a manifest.json, too."""
+    if not out.is_dir():
+        return False
+    try:
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return not any(out.iterdir())
+    return isinstance(manifest, dict) and manifest.get("tool") == _TOOL
+
+
 class _folder:  # noqa: N801  a context manager that reads like a function
     """A folder that is filled under a temporary name and renamed when it is complete."""
 
@@ -132,19 +153,23 @@ class _folder:  # noqa: N801  a context manager that reads like a function
             raise writing_error(self.out, error) from error
         return self.temporary
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None:
             shutil.rmtree(self.temporary, ignore_errors=True)
             if isinstance(error, OSError):
                 raise writing_error(self.out, error) from error
             return
+        old = self.temporary.with_suffix(".old")
         try:
-            old = self.temporary.with_suffix(".old")
             if self.out.exists():
                 self.out.rename(old)
             self.temporary.rename(self.out)
             shutil.rmtree(old, ignore_errors=True)
         except OSError as failure:
+            if old.exists() and not self.out.exists():
+                old.rename(self.out)
             shutil.rmtree(self.temporary, ignore_errors=True)
             raise writing_error(self.out, failure) from failure
 
@@ -165,7 +190,7 @@ def storage(model: ir.Model, file_bytes: int) -> dict[str, int]:
             kind = "biases of linears"
         else:
             kind = "norms, embeddings, constants"
-        found[kind] += (int(np.prod(tuple(tensor.shape))) + 1) // 2 if tensor.dtype.itemsize < 1 else tensor.nbytes
+        found[kind] += (tensor.size + 1) // 2 if tensor.dtype.itemsize < 1 else tensor.nbytes
     found["graph"] = file_bytes - sum(found.values())
     return dict(found.most_common())
 
@@ -243,7 +268,7 @@ def _manifest(checkpoint: Checkpoint, result: ExportResult) -> dict[str, Any]:
     bits = checkpoint.recipe
     return {
         "schema_version": MANIFEST_SCHEMA_VERSION,
-        "tool": "gplq-export",
+        "tool": _TOOL,
         "tool_version": __version__,
         **environment(),
         "checkpoint": {"sha256": checkpoint.sha256, "provenance": checkpoint.provenance},

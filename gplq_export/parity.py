@@ -4,7 +4,9 @@ Rounding is chaotic: two correct back ends sum in different orders, a last-bit d
 a code, and the flip travels through all blocks. So each thing is judged where it can be judged:
 
     quantisers, teacher-forced    fed PyTorch's own input, each returns PyTorch's codes: all of them
-    blocks, teacher-forced        fed PyTorch's own block input, at most 0.5 % of each block's codes differ
+    linears, teacher-forced       fed PyTorch's own input, each returns PyTorch's output but for its last bits
+    blocks, teacher-forced        fed PyTorch's own block input, at most 0.5 % of each block's codes differ, those of
+                                  the quantiser behind it included
     free-running                  label agreement no worse than PyTorch's with itself in another order of summation
 
 Everything is streamed: memory is one batch, whatever the number of images.
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gplq.checkpoint import frozen_quantizers
+from gplq.checkpoint import frozen_quantizers, integer_linears
 from gplq.data import ImageSet, batches
 from gplq.errors import MissingError
 from gplq.evaluate import Accuracy
@@ -33,6 +35,8 @@ from gplq_export.targets import codes_name
 from gplq_export.trace import INPUT, OUTPUT
 
 BLOCK_LIMIT = 0.005  # share of a block's codes that may differ when it is fed the same input
+LINEAR_LIMIT = 1e-4  # largest difference of a linear's output from PyTorch's, relative to its largest value
+_BEFORE, _BEHIND = "patch_embed", "head"  # the parts of the network in front of the first block and behind the last
 
 
 @dataclass
@@ -53,12 +57,17 @@ class CodeCount:
         return self.different / max(self.total, 1)
 
 
+_NONE = Accuracy(0, 1)
+
+
 @dataclass
 class ParityReport:
     """What was compared and what came out.
 
     Attributes:
-        quantizers: per quantiser, teacher-forced. ``blocks``: per block, teacher-forced. ``free``: per quantiser, free.
+        quantizers: per quantiser, teacher-forced. ``blocks``: per block, and for what stands before and behind
+            them, teacher-forced. ``free``: per quantiser, free.
+        linears: per linear, teacher-forced: largest difference of its output, relative to its largest value.
         sqnr_db: per block, how far the quantised output is from the same network's without quantisers, in dB.
         torch_top1, onnx_top1: against the labels. ``agreement``: labels equal between the two. ``noise_floor``: labels
             equal between PyTorch and PyTorch in another order of summation.
@@ -66,13 +75,14 @@ class ParityReport:
 
     forced_images: int
     quantizers: dict[str, CodeCount] = field(default_factory=dict)
+    linears: dict[str, float] = field(default_factory=dict)
     blocks: dict[str, CodeCount] = field(default_factory=dict)
     free: dict[str, CodeCount] = field(default_factory=dict)
     sqnr_db: dict[str, float] = field(default_factory=dict)
-    torch_top1: Accuracy = Accuracy(0, 1)
-    onnx_top1: Accuracy = Accuracy(0, 1)
-    agreement: Accuracy = Accuracy(0, 1)
-    noise_floor: Accuracy = Accuracy(0, 1)
+    torch_top1: Accuracy = _NONE
+    onnx_top1: Accuracy = _NONE
+    agreement: Accuracy = _NONE
+    noise_floor: Accuracy = _NONE
     max_logit_difference: float = 0.0
 
     def forced_equal(self) -> CodeCount:
@@ -96,11 +106,18 @@ class ParityReport:
                 f"quantiser {worst}: {count.different:,} of {count.total:,} codes differ for the same input; "
                 "its scale, rounding or limits are not those of the checkpoint."
             )
+        wrong = [name for name, difference in self.linears.items() if not difference <= LINEAR_LIMIT]  # also if NaN
+        if wrong:
+            found.append(
+                f"linear {', '.join(wrong[:5])}: the output for the same input is not PyTorch's (limit "
+                f"{LINEAR_LIMIT:g} of its largest value); its weight, scale or bias is not the checkpoint's."
+            )
         worst = max(self.blocks, key=lambda name: self.blocks[name].share)
         if (count := self.blocks[worst]).share > BLOCK_LIMIT:
             found.append(
                 f"{worst}: {100 * count.share:.2f} % of its codes differ for the same input (limit "
-                f"{100 * BLOCK_LIMIT} %, n = {self.forced_images}); a weight, bias or norm in it is not the checkpoint's."
+                f"{100 * BLOCK_LIMIT} %, n = {self.forced_images}); a weight, bias or norm in it is not the "
+                "checkpoint's."
             )
         if self.agreement.interval()[1] < self.noise_floor.interval()[0]:
             found.append(
@@ -124,6 +141,7 @@ class ParityReport:
             "noise_floor": self.noise_floor.to_dict(),
             "max_logit_difference": self.max_logit_difference,
             "quantizers_forced": counts(self.quantizers),
+            "linears_forced": self.linears,
             "blocks_forced": counts(self.blocks),
             "quantizers_free": counts(self.free),
             "block_sqnr_db": {name: round(value, 2) for name, value in self.sqnr_db.items()},
@@ -148,24 +166,31 @@ def compare(
     Args:
         model: the frozen model, on the CPU.
         onnx_model: a graph of a quantising target in FP32, as :func:`gplq_export.lowering.lower` returns it.
+        images: with labels.
         forced_images: how many images go through the teacher-forced comparisons; free-running takes all.
+        batch_size: images at once.
 
     Raises:
         MissingError: ONNX Runtime is not installed.
     """
     named = blocks(model)
-    marks = [f"{name}.input" for name, _ in named]
     quantizers = list(frozen_quantizers(model))
-    inside = {name: [q for q in quantizers if q.startswith(f"{name}.")] for name, _ in named}
+    starts = {_BEFORE: INPUT, **{name: f"{name}.input" for name, _ in named}, _BEHIND: f"{named[-1][0]}.output"}
+    inside = _segments([name for name, _ in named], quantizers)
+    linears = {name: _linear_output(onnx_model, name) for name in integer_linears(model)}
     sources = {name: _quantizer_input(onnx_model, name) for name in quantizers}
     taps = [codes_name(name) for name in quantizers]
     free = _Session(onnx_model, [INPUT], [OUTPUT, *taps])
-    forced = _Session(onnx_model, list(dict.fromkeys(sources.values())), taps)
-    by_block = _Session(onnx_model, marks, [codes_name(name) for names in inside.values() for name in names])
+    forced = _Session(onnx_model, list(dict.fromkeys(sources.values())), [*taps, *linears.values()])
+    by_block = {
+        block: _Session(onnx_model, [starts[block]], [codes_name(name) for name in names])
+        for block, names in inside.items()
+    }
 
     report = ParityReport(forced_images=min(forced_images, len(images)))
     for table, names in ((report.quantizers, quantizers), (report.free, quantizers), (report.blocks, inside)):
         table.update({name: CodeCount() for name in names})
+    report.linears = dict.fromkeys(linears, 0.0)
     signal, noise = np.zeros(len(named)), np.zeros(len(named))
     right = dict.fromkeys(("torch", "onnx", "agree", "floor"), 0)
     with progress(len(images), "PyTorch against ONNX Runtime", "image") as bar:
@@ -180,8 +205,13 @@ def compare(
                 answers_forced = forced.run({sources[name]: seen.inputs[name] for name in quantizers})
                 for name in quantizers:
                     report.quantizers[name].add(answers_forced[codes_name(name)], seen.codes[name])
-                answers_block = by_block.run({f"{name}.input": seen.block_inputs[name] for name, _ in named})
+                for name, output in linears.items():
+                    largest = _largest(answers_forced[output] - seen.linear_outputs[name])
+                    largest /= max(_largest(seen.linear_outputs[name]), 1e-30)
+                    report.linears[name] = float(np.maximum(report.linears[name], largest))  # unlike max, keeps a NaN
+                fed = {_BEFORE: inputs.numpy(), **seen.block_inputs, _BEHIND: seen.block_outputs[named[-1][0]]}
                 for block, names in inside.items():
+                    answers_block = by_block[block].run({starts[block]: fed[block]})
                     for name in names:
                         report.blocks[block].add(answers_block[codes_name(name)], seen.codes[name])
                 _add_error(model, seen, inputs, signal, noise)
@@ -193,7 +223,7 @@ def compare(
             right["agree"] += int((onnx_labels == torch_labels).sum())
             right["floor"] += int((floor_labels == torch_labels).sum())
             difference = float((torch.from_numpy(answers[OUTPUT]) - logits).abs().max())
-            report.max_logit_difference = max(report.max_logit_difference, difference)
+            report.max_logit_difference = float(np.maximum(report.max_logit_difference, difference))
             done += len(labels)
             bar.update(len(labels))
     report.torch_top1, report.onnx_top1, report.agreement, report.noise_floor = (
@@ -205,9 +235,27 @@ def compare(
     return report
 
 
-def _add_error(
-    model: nn.Module, quantised: "_Capture", inputs: Tensor, signal: np.ndarray, noise: np.ndarray
-) -> None:
+def _segments(names: list[str], quantizers: list[str]) -> dict[str, list[str]]:
+    """For the part before the blocks, each block, and the part behind: its quantisers, and the first one behind it.
+
+    Without the one behind, nothing would see the last linear of a block, or what stands before all blocks.
+    """
+    inside = {name: [q for q in quantizers if q.startswith(f"{name}.")] for name in names}
+    start, end = quantizers.index(inside[names[0]][0]), quantizers.index(inside[names[-1]][-1]) + 1
+    before, behind = quantizers[:start], quantizers[end:]  # the order is the network's
+    following = [*(own[0] for own in inside.values()), *behind[:1]]
+    found = {
+        name: [*own, *following[index : index + 1]]
+        for index, (name, own) in enumerate({_BEFORE: before, **inside}.items())
+    }
+    return {**found, _BEHIND: behind} if behind else found
+
+
+def _largest(x: np.ndarray) -> float:
+    return float(np.abs(x).max())
+
+
+def _add_error(model: nn.Module, quantised: "_Capture", inputs: Tensor, signal: np.ndarray, noise: np.ndarray) -> None:
     """Add each block's output energy without quantisers, and that of the difference to it, to running sums."""
     set_rounding(model, rounding=False)
     try:
@@ -228,6 +276,7 @@ class _Capture:
         self.model = model
         self.inputs: dict[str, np.ndarray] = {}
         self.codes: dict[str, np.ndarray] = {}
+        self.linear_outputs: dict[str, np.ndarray] = {}
         self.block_inputs: dict[str, np.ndarray] = {}
         self.block_outputs: dict[str, np.ndarray] = {}
 
@@ -242,6 +291,8 @@ class _Capture:
         handles = []
         for name, quantizer in frozen_quantizers(self.model).items():
             handles.append(quantizer.register_forward_hook(self._quantizer_hook(name)))
+        for name, linear in integer_linears(self.model).items():
+            handles.append(linear.register_forward_hook(self._linear_hook(name)))
         for name, block in blocks(self.model):
             handles.append(block.register_forward_hook(self._block_hook(name)))
         try:
@@ -258,6 +309,12 @@ class _Capture:
 
         return keep
 
+    def _linear_hook(self, name: str) -> Any:
+        def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+            self.linear_outputs[name] = output.numpy()
+
+        return keep
+
     def _block_hook(self, name: str) -> Any:
         def keep(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
             self.block_inputs[name], self.block_outputs[name] = args[0].numpy(), output.numpy()
@@ -271,6 +328,9 @@ class AnotherSummationOrder(TorchDispatchMode):
     Matmuls multiply by the scales first, as a Q/DQ graph does, and add up backwards; norms and softmax reduce
     backwards. Mathematically nothing changes.
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace gplq's matmuls, LayerNorm and softmax; leave the rest."""
@@ -298,7 +358,8 @@ class _Session:
     def __init__(self, model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         part = ir.convenience.extract(model.graph, list(inputs), list(outputs))
         for index, value in enumerate(part.outputs):
-            if value.name == OUTPUT:
+            producer = value.producer()
+            if producer is None or producer.op_type != "QuantizeLinear":
                 continue
             # ONNX Runtime's Python API cannot return 4-bit tensors.
             cast = ir.node("Cast", [value], attributes={"to": ir.DataType.INT8}, name=f"{value.name}/Cast")
@@ -346,4 +407,12 @@ def _quantizer_input(model: ir.Model, quantizer: str) -> str:
         source = node.inputs[0]
         assert source is not None and source.name is not None
         node, name = source.producer(), source.name
+    return name
+
+
+def _linear_output(model: ir.Model, linear: str) -> str:
+    """The tensor that a linear returns, its bias added if it has one."""
+    nodes = {node.name: node for node in model.graph}
+    name = nodes.get(f"{linear}/Add", nodes[linear]).outputs[0].name
+    assert name is not None
     return name

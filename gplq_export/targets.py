@@ -161,7 +161,7 @@ class Float32(Target):
     name = "fp32"
     quantizes = False
 
-    def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:  # noqa: ARG002  the interface
+    def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
         """Nothing: the input itself. A factor in front of the quantiser goes into the weight behind it."""
         return quantizer.x
 
@@ -190,9 +190,7 @@ def _pre_scaled(writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
     return writer.node("Mul", [quantizer.x, factor], f"{quantizer.name}/Mul", f"{quantizer.name}.scaled")
 
 
-def _quantize_dequantize(
-    writer: GraphWriter, quantizer: Quantizer, x: ir.Value, code_type: ir.DataType
-) -> ir.Value:
+def _quantize_dequantize(writer: GraphWriter, quantizer: Quantizer, x: ir.Value, code_type: ir.DataType) -> ir.Value:
     name = quantizer.name
     scale = writer.floating(f"{name}.scale", quantizer.scale)
     zero = writer.zero_point(code_type)

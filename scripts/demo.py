@@ -76,7 +76,10 @@ def table() -> str:
         ("  equal codes, free-running", equal_codes(parity["quantizers_free"])),
     ]
     return "\n".join(
-        [render(rows + size_rows(manifest) + engine_rows(manifest)), "* with another order of summation: the noise floor"]
+        [
+            render(rows + size_rows(manifest) + engine_rows(manifest)),
+            "* with another order of summation: the noise floor",
+        ]
     )
 
 

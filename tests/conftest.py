@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import timm
 import timm.models
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
+from gplq.checkpoint import Checkpoint, load_checkpoint
 from gplq.data import ImageSet, open_images
 from gplq.models import FloatModel, load_model
 from gplq.quantize import quantize
 from gplq.recipe import Recipe
+from gplq_export.trace import trace
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 64, "depth": 2, "num_heads": 2}
@@ -148,3 +151,15 @@ def altered(quantised: Quantised, tmp_path: Path) -> Callable[[Callable[[dict[st
         return tmp_path / "altered.pt"
 
     return alter
+
+
+@pytest.fixture(scope="session")
+def checkpoint(quantised: Quantised) -> Checkpoint:
+    """Shared: do not change it."""
+    return load_checkpoint(quantised.path)
+
+
+@pytest.fixture(scope="session")
+def dialect(checkpoint: Checkpoint) -> ir.Model:
+    """The checkpoint traced; lowering leaves it as it is."""
+    return trace(checkpoint)

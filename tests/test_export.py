@@ -1,0 +1,331 @@
+"""The command: what it writes, what it says, and what it leaves on disk when something is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from conftest import Quantised
+
+from gplq.errors import BuildError, MissingError
+from gplq.files import sha256
+from gplq_export import engine
+from gplq_export.cli import main
+from gplq_export.targets import TARGETS, GraphWriter, Int4, Linear, Quantizer
+
+ONNX_FILES = ["model.fp16.onnx", "model.fp32.onnx", "model.int4.onnx"]
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def manifest_of(out: Path) -> dict[str, Any]:
+    """The manifest; its hashes and sizes are those of the files."""
+    content: dict[str, Any] = json.loads((out / "manifest.json").read_text())
+    for name, entry in content["files"].items():
+        assert entry == {"bytes": (out / name).stat().st_size, "sha256": sha256(out / name)}, name
+    return content
+
+
+@pytest.fixture
+def command(quantised: Quantised, tmp_path: Path) -> list[str]:
+    return [str(quantised.path), "--int4", "--out", str(tmp_path / "dist")]
+
+
+@pytest.fixture
+def no_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_import", lambda _: None)
+
+
+def test_complete_export(
+    command: list[str], quantised: Quantised, npz_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert main([*command, "--data", str(npz_file)]) == 0
+    out = tmp_path / "dist"
+    reports = ["reports/layers.png", "reports/layers.svg", "reports/parity.json"]
+    assert tree(out) == sorted([*ONNX_FILES, "manifest.json", *reports])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dist"]
+    manifest = manifest_of(out)
+    assert sorted(manifest["files"]) == ONNX_FILES
+    assert manifest["schema_version"] == "1.0"
+    assert manifest["checkpoint"]["sha256"] == sha256(quantised.path)
+    assert manifest["input"]["shape"] == ["batch", 1, 16, 16]
+    assert manifest["output"]["shape"] == ["batch", 4]
+    assert manifest["label_names"] == ["bottom-left", "bottom-right", "top-left", "top-right"]
+    assert manifest["problems"] == []
+    assert manifest["engines"] == {}
+    assert manifest["parity"]["images"] == 64
+    assert manifest["parity"]["failures"] == []
+    report = json.loads((out / "reports" / "parity.json").read_text())
+    assert {key: report[key] for key in manifest["parity"]} == manifest["parity"]
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    forced = sum(count["total"] for count in report["quantizers_forced"].values())
+    assert f"codes equal, same input: {forced:,} of {forced:,}" in printed.out
+    assert f"wrote {out}" in printed.out
+
+
+def test_bytes_of_the_int4_file_are_accounted_for(command: list[str], tmp_path: Path) -> None:
+    assert main(command) == 0
+    manifest = manifest_of(tmp_path / "dist")
+    stored = manifest["int4_onnx_bytes"]
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    assert sum(stored.values()) == sizes["model.int4.onnx"]
+    # By hand: two blocks of 4 x 64 x 64 + 2 x 64 x 256 weights, two a byte; edges of 16 x 64 and 64 x 4, one a byte.
+    weights = 2 * (4 * 64 * 64 + 2 * 64 * 256)
+    assert stored["weight codes, 4 bits"] == weights // 2
+    assert stored["weight codes, 8 bits (patch embedding, classifier)"] == 16 * 64 + 64 * 4
+    assert stored["biases of linears"] == 4 * (64 + 2 * (4 * 64 + 256 + 64) + 4)
+    assert 0 < stored["graph"] < 40_000
+    # 32 and 16 bits against 4: what differs between the files is the weights.
+    assert sizes["model.fp32.onnx"] - sizes["model.int4.onnx"] > 0.8 * weights * 28 / 8
+    assert sizes["model.fp16.onnx"] - sizes["model.int4.onnx"] > 0.6 * weights * 12 / 8
+
+
+def test_files_load_alone(command: list[str], tmp_path: Path) -> None:
+    assert main(command) == 0
+    for name in ONNX_FILES:
+        proto = onnx.load(tmp_path / "dist" / name)
+        metadata = {entry.key: entry.value for entry in proto.metadata_props}
+        for key in ("preprocessing", "label_names", "recipe", "versions", "quantizers"):
+            json.loads(metadata[f"gplq.{key}"])
+        assert all(not tensor.external_data for tensor in proto.graph.initializer)
+
+
+def test_existing_folder_is_kept_without_force_and_replaced_with_it(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "dist"
+    assert main(command) == 0
+    before = {name: (out / name).read_bytes() for name in tree(out)}
+    assert main(command) == 2
+    assert "--force" in capsys.readouterr().err
+    assert {name: (out / name).read_bytes() for name in tree(out)} == before
+    (out / "model.int4.onnx").write_bytes(b"old")
+    assert main([*command, "--force"]) == 0
+    assert (out / "model.int4.onnx").read_bytes() == before["model.int4.onnx"]
+    assert [path.name for path in tmp_path.iterdir()] == ["dist"]
+
+
+@pytest.mark.parametrize("foreign", ["thesis.tex", "manifest.json"])
+@pytest.mark.parametrize("content", ["{}", '{"tool": "another"}', "[]", "\\relax"])
+def test_force_does_not_delete_what_it_did_not_write(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], foreign: str, content: str
+) -> None:
+    out = tmp_path / "dist"
+    out.mkdir()
+    (out / foreign).write_text(content)
+    assert main([*command, "--force"]) == 2
+    assert "was not written by gplq-export" in capsys.readouterr().err
+    assert (out / foreign).read_text() == content
+    assert tree(tmp_path) == [f"dist/{foreign}"]
+
+
+def test_force_takes_an_empty_folder_and_refuses_a_file(command: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "dist"
+    out.write_text("precious")
+    assert main([*command, "--force"]) == 2
+    assert out.read_text() == "precious"
+    out.unlink()
+    out.mkdir()
+    assert main([*command, "--force"]) == 0
+    assert "manifest.json" in tree(out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--images", "3"], "--images has no effect without --data"),
+        (["--sm", "89"], "no effect without --trt"),
+        (["--batch-max", "64"], "no effect without --trt"),
+        (["--trt", "--batch-min", "9"], "batches must not fall"),
+        (["--data", "gone.npz"], "gone.npz does not exist"),
+    ],
+)
+def test_flags_that_cannot_work_exit_with_2(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main([*command, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("gplq-export: error: ")
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["x.pt", "--int4"], ["x.pt", "--out", "y"], ["x", "--int4", "--sm", "a"]])
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: gplq-export" in capsys.readouterr().err
+
+
+class _Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_missing_or_hostile_checkpoint_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, bomb = tmp_path / "dist", tmp_path / "bomb.pt"
+    assert main([str(tmp_path / "none.pt"), "--int4", "--out", str(out)]) == 2
+    assert "none.pt does not exist" in capsys.readouterr().err
+    torch.save({"schema": "gplq.checkpoint", "boom": _Bomb(tmp_path / "exploded")}, bomb)
+    assert main([str(bomb), "--int4", "--out", str(out)]) == 2
+    assert "bomb.pt" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["bomb.pt"]
+
+
+@pytest.mark.usefixtures("no_builder")
+def test_without_a_builder_all_but_the_engines_is_written(
+    command: list[str], npz_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--trt", "--data", str(npz_file)]) == 3
+    assert "pip install 'gplq[trt-rtx]'" in capsys.readouterr().err
+    out = tmp_path / "dist"
+    manifest = manifest_of(out)
+    assert sorted(manifest["files"]) == [*ONNX_FILES, "model.trt-int4.onnx"]
+    assert [problem["exit_code"] for problem in manifest["problems"]] == [3]
+    assert manifest["engines"] == {}
+    assert manifest["parity"]["failures"] == []
+
+
+def test_without_onnx_runtime_parity_is_skipped(
+    command: list[str],
+    npz_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main([*command, "--data", str(npz_file)]) == 3
+    assert "pip install 'gplq[cpu]'" in capsys.readouterr().err
+    assert manifest_of(tmp_path / "dist")["parity"] is None
+    assert tree(tmp_path / "dist") == ["manifest.json", *ONNX_FILES]
+
+
+class DoubleScale(Int4):
+    """A target with a fault: one activation scale is twice what it should be."""
+
+    def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
+        if quantizer.name == "blocks.1.mlp.fc1.input_quantizer":
+            quantizer = Quantizer(**{**vars(quantizer), "scale": 2 * quantizer.scale})
+        return super().quantizer(writer, quantizer)
+
+
+@pytest.mark.usefixtures("no_builder")
+def test_failed_gate_outranks_a_missing_builder_and_the_manifest_tells_both(
+    command: list[str],
+    npz_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(TARGETS, "int4", DoubleScale)
+    assert main([*command, "--trt", "--data", str(npz_file)]) == 1
+    assert "quantiser blocks.1.mlp.fc1.input_quantizer: " in capsys.readouterr().err
+    manifest = manifest_of(tmp_path / "dist")
+    assert sorted(problem["exit_code"] for problem in manifest["problems"]) == [1, 3]
+    assert manifest["parity"]["failures"][0].startswith("quantiser blocks.1.mlp.fc1.input_quantizer: ")
+
+
+class Unbuildable(Int4):
+    """A target that gives up half-way."""
+
+    error: Exception = BuildError("this target cannot do that")
+
+    def weight(self, writer: GraphWriter, linear: Linear) -> ir.Value:
+        if linear.name == "head.linear":
+            raise self.error
+        return super().weight(writer, linear)
+
+
+def test_failure_in_the_middle_leaves_the_old_folder_and_nothing_else(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "dist"
+    assert main(command) == 0
+    before = tree(tmp_path), sha256(out / "manifest.json")
+    monkeypatch.setitem(TARGETS, "fp16", Unbuildable)
+    assert main([*command, "--force"]) == 4
+    assert (tree(tmp_path), sha256(out / "manifest.json")) == before
+    monkeypatch.setattr(Unbuildable, "error", RuntimeError("a defect"))
+    with pytest.raises(RuntimeError, match="a defect"):
+        main([*command, "--force"])
+    assert (tree(tmp_path), sha256(out / "manifest.json")) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root on Linux")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_exits_with_2_and_leaves_nothing(
+    quantised: Quantised, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = small_disk / "dist"
+    assert main([str(quantised.path), "--int4", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot write {out}: No space left on device" in error
+    assert list(small_disk.iterdir()) == []
+
+
+def test_ctrl_c_exits_with_130_and_leaves_nothing(command: list[str], tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "gplq_export", *command]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "interrupted" in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.trt
+def test_engines_multiply_every_linear_in_int8(command: list[str], tmp_path: Path) -> None:
+    try:
+        backend = engine.find_builder()
+    except MissingError as error:
+        pytest.skip(str(error))
+    assert main([*command, "--trt", "--batch-min", "1", "--batch-opt", "2", "--batch-max", "4"]) == 0
+    out = tmp_path / "dist"
+    manifest = manifest_of(out)
+    assert {"model.trt-int4.plan", "model.fp16.plan", "model.trt-int4.onnx"} <= manifest["files"].keys()
+    assert {"build.trt-int4.log", "build.fp16.log"} <= set(tree(out))
+    linears = ["q", "k", "v", "proj.linear"]
+    names = [f"blocks.{block}.attn.{name}" for block in (0, 1) for name in linears]
+    names += [f"blocks.{block}.mlp.{name}.linear" for block in (0, 1) for name in ("fc1", "fc2")]
+    names += ["patch_embed.proj.linear", "head.linear"]
+    for target, precision in (("trt-int4", "INT8"), ("fp16", "FP16")):
+        report = manifest["engines"][target]
+        assert report["backend"] == backend.name
+        assert report["batch"] == [1, 2, 4]
+        assert report["onnx_sha256"] == manifest["files"][f"model.{target}.onnx"]["sha256"]
+        assert set(report["linear_precisions"].values()) == {precision}
+        assert report["linear_precisions"].keys() == set(names)
