@@ -32,10 +32,11 @@ from gplq.data import ImageSet
 from gplq.errors import BuildError, GateError, MissingError, PrecisionError, UsageError
 from gplq.files import sha256, write_json, writing_error
 from gplq.provenance import environment
-from gplq_export.engine import EngineReport, build_engine, check_precision, find_builder, linear_precisions
+from gplq_export.engine import build_engine, find_builder
 from gplq_export.lowering import linear_nodes, lower
 from gplq_export.parity import ParityReport, compare
 from gplq_export.plot import plot_layers
+from gplq_export.precision import EngineReport, check_precision, linear_precisions
 from gplq_export.targets import TARGETS
 from gplq_export.trace import trace
 
@@ -135,7 +136,14 @@ def _is_ours(out: Path) -> bool:
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return not any(out.iterdir())
-    return isinstance(manifest, dict) and manifest.get("tool") == _TOOL
+    if not isinstance(manifest, dict) or manifest.get("tool") != _TOOL:
+        return False
+    written = {"manifest.json", "reports", *manifest.get("files", {})}
+    for path in out.iterdir():
+        # A checkpoint that was moved in here would be lost with the rest.
+        if path.name not in written and not path.match("build.*.log"):
+            raise UsageError(f"{path} was not written by gplq-export: --force would delete it. Move it elsewhere.")
+    return True
 
 
 class _folder:  # noqa: N801  a context manager that reads like a function

@@ -72,6 +72,7 @@ def table() -> str:
         ("  same label", show(parity["label_agreement"])),
         ("  same label, PyTorch against itself *", show(parity["noise_floor"])),
         ("  equal codes, same input", equal_codes(parity["quantizers_forced"])),
+        ("  linears, same input, largest difference", f"{max(parity['linears_forced'].values()):.1e} of the output"),
         ("  equal codes, same block input", equal_codes(parity["blocks_forced"])),
         ("  equal codes, free-running", equal_codes(parity["quantizers_free"])),
     ]

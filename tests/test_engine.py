@@ -16,6 +16,16 @@ from onnx import TensorProto, checker, helper, numpy_helper, save
 
 from gplq.errors import BuildError, MissingError, PrecisionError, UsageError
 from gplq_export import engine
+from gplq_export.precision import (
+    EngineLayer,
+    EngineReport,
+    EngineTensor,
+    _precision,
+    check_precision,
+    fused_attentions,
+    linear_precisions,
+    parse_layers,
+)
 
 TOKENS, DIM, HEADS = 50, 192, 3
 BATCH = (1, 4, 8)
@@ -147,7 +157,7 @@ def make_onnx(
     return path
 
 
-def build(backend: engine.Backend, folder: Path, **graph: Any) -> engine.EngineReport:
+def build(backend: engine.Backend, folder: Path, **graph: Any) -> EngineReport:
     onnx_path = make_onnx(folder / "model.onnx", **graph)
     return engine.build_engine(
         onnx_path, folder / "model.plan", batch=BATCH, backend=backend, log_path=folder / "log.txt"
@@ -161,9 +171,9 @@ def test_every_linear_multiplies_in_int8(
     backend: engine.Backend, tmp_path: Path, weights: str, int8_attention: bool
 ) -> None:
     report = build(backend, tmp_path, weights=weights, int8_attention=int8_attention)
-    engine.check_precision(report, LINEARS, "INT8")
-    assert engine.linear_precisions(report.layers, LINEARS) == dict.fromkeys(LINEARS, "INT8")
-    assert engine.fused_attentions(report.layers) == (("INT8",) if int8_attention else ("FP16",))
+    check_precision(report, LINEARS, "INT8")
+    assert linear_precisions(report.layers, LINEARS) == dict.fromkeys(LINEARS, "INT8")
+    assert fused_attentions(report.layers) == (("INT8",) if int8_attention else ("FP16",))
     # q, k and v become one kernel from INT8 weights; INT4 weights are first cast to INT8, one kernel each.
     merged = [layer.name for layer in report.layers if layer.layer_type == "gemm" and "+" in layer.name]
     casts = [layer for layer in report.layers if [t.dtype for t in layer.constants] == ["INT4"]]
@@ -203,7 +213,7 @@ def test_silent_fall_back_is_an_error(
     linears = ["blocks.0.attn.qkv", *LINEARS[3:]] if "fused_qkv" in graph else LINEARS
     report = build(backend, tmp_path, **graph)
     with pytest.raises(PrecisionError) as raised:
-        engine.check_precision(report, linears, "INT8")
+        check_precision(report, linears, "INT8")
     count = 1 if "fused_qkv" in graph else 6
     assert f"First: {wrong} is FP16, in engine layer" in str(raised.value)
     assert f"{count} of {len(linears)} at FP16" in str(raised.value)
@@ -213,13 +223,13 @@ def test_silent_fall_back_is_an_error(
 @pytest.mark.trt
 def test_linear_that_no_engine_layer_names(backend: engine.Backend, tmp_path: Path) -> None:
     report = build(backend, tmp_path)
-    assert engine.linear_precisions(report.layers, ["blocks.9.attn.q"]) == {"blocks.9.attn.q": "missing"}
+    assert linear_precisions(report.layers, ["blocks.9.attn.q"]) == {"blocks.9.attn.q": "missing"}
     with pytest.raises(
         PrecisionError, match=r"1 of 2 at missing.*First: blocks\.9\.attn\.q is missing.*unique node name"
     ):
-        engine.check_precision(report, ["head", "blocks.9.attn.q"], "INT8")
+        check_precision(report, ["head", "blocks.9.attn.q"], "INT8")
     with pytest.raises(PrecisionError, match="no linear was given"):
-        engine.check_precision(report, [], "INT8")
+        check_precision(report, [], "INT8")
 
 
 @pytest.mark.trt
@@ -258,8 +268,7 @@ def test_unwritable_plan_still_leaves_the_log(
 
 @pytest.mark.trt
 def test_missing_listing_is_an_error(backend: engine.Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parse = engine.parse_layers
-    monkeypatch.setattr(engine, "parse_layers", lambda messages: parse(messages[:3]))
+    monkeypatch.setattr(engine, "parse_layers", lambda messages: parse_layers(messages[:3]))
     with pytest.raises(BuildError, match=r"lists no engine layers.*\n.*log\.txt"):
         build(backend, tmp_path)
     assert not (tmp_path / "model.plan").exists()
@@ -274,7 +283,7 @@ def test_batch_and_shapes(backend: engine.Backend, tmp_path: Path) -> None:
     for batch, size in (("batch", 1), (2, 2)):
         path = make_onnx(tmp_path / "model.onnx", batch=batch)
         report = engine.build_engine(path, tmp_path / "a.plan", batch=(size, size, size), backend=backend)
-        engine.check_precision(report, LINEARS, "INT8")
+        check_precision(report, LINEARS, "INT8")
     with pytest.raises(UsageError, match="ascending"):
         engine.build_engine(path, tmp_path / "a.plan", batch=(4, 2, 8), backend=backend)
     with pytest.raises(UsageError, match="not a file"):
@@ -287,7 +296,7 @@ def test_compute_capabilities(backend: engine.Backend, tmp_path: Path) -> None:
         pytest.skip("only TensorRT-RTX builds for GPUs that are not present")
     path = make_onnx(tmp_path / "model.onnx")
     report = engine.build_engine(path, tmp_path / "a.plan", compute_capabilities=(86, 89), backend=backend)
-    engine.check_precision(report, LINEARS, "INT8")
+    check_precision(report, LINEARS, "INT8")
     assert report.compute_capabilities == (86, 89)
     with pytest.raises(UsageError, match=r"cannot target SM90; it knows .*86"):
         engine.build_engine(path, tmp_path / "a.plan", compute_capabilities=(90,), backend=backend)
@@ -313,7 +322,7 @@ def test_ctrl_c_cancels_the_build(backend: engine.Backend, tmp_path: Path, monke
 
 @pytest.mark.trt
 def test_builds_outside_the_main_thread(backend: engine.Backend, tmp_path: Path) -> None:
-    reports: list[engine.EngineReport] = []
+    reports: list[EngineReport] = []
     thread = threading.Thread(target=lambda: reports.append(build(backend, tmp_path)))
     thread.start()
     thread.join()
@@ -380,30 +389,34 @@ OLDER = (
     [("Int8", "INT8"), ("Half", "FP16"), ("Row major linear FP8 format", "FP8"), ("Float", "FP32"), ("Odd", "unknown")],
 )
 def test_older_listing(kind: str, precision: str) -> None:
-    (layer,) = engine.parse_layers(["Parsing", OLDER.replace("KIND", kind)])
+    (layer,) = parse_layers(["Parsing", OLDER.replace("KIND", kind)])
     assert layer.onnx_nodes == ("q", "k")
     assert [tensor.shape for tensor in layer.inputs] == [(1, 4096), (4096, 1000), (1,), (1, 1000)]
-    assert engine.linear_precisions([layer], ["q", "k", "bias"]) == {"q": precision, "k": precision, "bias": "missing"}
+    assert linear_precisions([layer], ["q", "k", "bias"]) == {
+        "q": precision,
+        "k": precision,
+        "bias": "missing",
+    }
 
 
-def tensor(dtype: str, *shape: int, name: str = "t") -> engine.EngineTensor:
-    return engine.EngineTensor(name, dtype, shape)
+def tensor(dtype: str, *shape: int, name: str = "t") -> EngineTensor:
+    return EngineTensor(name, dtype, shape)
 
 
-def layer(name: str, kind: str, inputs: list[Any], constants: list[Any], out: str = "FP16") -> engine.EngineLayer:
-    return engine.EngineLayer(name, kind, tuple(inputs), tuple(constants), (tensor(out, -1, 8),), ("fc",))
+def layer(name: str, kind: str, inputs: list[Any], constants: list[Any], out: str = "FP16") -> EngineLayer:
+    return EngineLayer(name, kind, tuple(inputs), tuple(constants), (tensor(out, -1, 8),), ("fc",))
 
 
 def test_int8_operands_that_are_dequantised_inside_the_kernel_are_not_int8() -> None:
     int8 = [tensor("INT8", -1, 8)], [tensor("INT8", 8, 8)]
-    assert engine._precision(layer("fc_myl0_1", "gemm", *int8)) == "INT8"
-    assert engine._precision(layer("__myl_FcMulAdd_myl0_1", "runtime_fusion", *int8)) == "INT8"
-    assert engine._precision(layer("__myl_CastMulCastMulFc_myl0_1", "runtime_fusion", *int8)) == "FP16"
-    assert engine._precision(layer("__myl_CastMulFcMulCast_myl0_1", "runtime_fusion", *int8, out="INT8")) == "unknown"
+    assert _precision(layer("fc_myl0_1", "gemm", *int8)) == "INT8"
+    assert _precision(layer("__myl_FcMulAdd_myl0_1", "runtime_fusion", *int8)) == "INT8"
+    assert _precision(layer("__myl_CastMulCastMulFc_myl0_1", "runtime_fusion", *int8)) == "FP16"
+    assert _precision(layer("__myl_CastMulFcMulCast_myl0_1", "runtime_fusion", *int8, out="INT8")) == "unknown"
 
 
 def test_residual_is_no_factor_and_kernels_around_do_not_count() -> None:
     gemm = layer("fc_myl0_1", "gemm", [tensor("INT8", -1, 8), tensor("FP16", -1, 8)], [tensor("INT8", 8, 8)])
     scale = layer("__myl_MulAdd_myl0_2", "kgen", [tensor("FP16", -1, 8)], [tensor("FP16", 1, 8)])
-    assert engine.linear_precisions([scale, gemm], ["fc"]) == {"fc": "INT8"}
-    assert engine.linear_precisions([scale], ["fc"]) == {"fc": "missing"}
+    assert linear_precisions([scale, gemm], ["fc"]) == {"fc": "INT8"}
+    assert linear_precisions([scale], ["fc"]) == {"fc": "missing"}

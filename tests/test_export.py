@@ -329,3 +329,17 @@ def test_engines_multiply_every_linear_in_int8(command: list[str], tmp_path: Pat
         assert report["onnx_sha256"] == manifest["files"][f"model.{target}.onnx"]["sha256"]
         assert set(report["linear_precisions"].values()) == {precision}
         assert report["linear_precisions"].keys() == set(names)
+
+
+def test_force_does_not_delete_a_file_that_was_moved_into_an_earlier_export(
+    quantised: Quantised, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "dist"
+    assert main([str(quantised.path), "--int4", "--out", str(out)]) == 0
+    moved = out / "model.pt"
+    moved.write_bytes(quantised.path.read_bytes())
+    assert main([str(moved), "--int4", "--out", str(out), "--force"]) == 2
+    assert moved.is_file()
+    assert "model.pt was not written by gplq-export" in capsys.readouterr().err
+    moved.unlink()
+    assert main([str(quantised.path), "--int4", "--out", str(out), "--force"]) == 0
