@@ -24,8 +24,8 @@ def classify(model: nn.Module, features: Tensor) -> Tensor:
 def fit_pca(teacher: nn.Module, images: ImageSet, count: int, variance: float, seed: int) -> Tensor:
     """Principal directions [D, k] of the teacher's features, about enough for a share ``variance`` of their variance.
 
-    k is rounded to the nearest multiple of 32 (at least 32), as in the paper. The covariance is summed up image by image in FP64: memory is
-    D x D, whatever ``count`` is.
+    k is rounded to the nearest multiple of 32 (at least 32), as in the paper. The covariance is summed up image by
+    image in FP64: memory is D x D, whatever ``count`` is.
     """
     total: Tensor | None = None
     outer: Tensor | None = None
