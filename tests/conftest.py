@@ -64,8 +64,12 @@ def fast_recipe(**stage1: Any) -> Recipe:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _same_everywhere() -> None:
+    """One thread, here and in every program that a test starts: another number of threads sums in another order."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # A shell that starts us in the background has Ctrl-C ignored, which programs inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
