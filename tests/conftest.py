@@ -1,5 +1,7 @@
 """A tiny random ViT as timm writes it, a task that it can learn, and the checkpoint that the real pipeline makes."""
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
