@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gplq.checkpoint import Checkpoint, load, load_checkpoint
     from gplq.errors import GplqError
     from gplq.models import FloatModel, load_model
-    from gplq.quantize import quantize
+    from gplq.pipeline import quantize
     from gplq.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ _PUBLIC = {
     "load": "gplq.checkpoint",
     "load_checkpoint": "gplq.checkpoint",
     "load_model": "gplq.models",
-    "quantize": "gplq.quantize",
+    "quantize": "gplq.pipeline",
 }
 __all__ = [
     "Checkpoint",

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _quantize(arguments: argparse.Namespace) -> None:
     from gplq.models import load_model
-    from gplq.quantize import check_output, quantize
+    from gplq.pipeline import check_output, quantize
     from gplq.recipe import Recipe
 
     # Whatever can be wrong with the command line is found before the model is loaded.

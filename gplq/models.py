@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gplq.data import Preprocessing
 from gplq.errors import ModelError
 from gplq.files import sha256
+from gplq.layers import check_supported
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # What timm.create_model takes itself and does not pass on to the architecture. ``checkpoint_path`` is the dangerous
@@ -35,7 +36,7 @@ class ModelSpec:
         """A freshly initialised model in evaluation mode.
 
         Raises:
-            ModelError: timm does not know the architecture or refuses the arguments.
+            ModelError: timm does not know the architecture or refuses the arguments, or gplq cannot quantise it.
         """
         # A file may name the architecture, so nothing but a plain timm name may pass: timm also takes hub addresses.
         if not timm.is_model(self.architecture):
@@ -49,6 +50,7 @@ class ModelSpec:
             )
         except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError, AttributeError) as error:
             raise ModelError(f"timm cannot build {self.architecture} with {self.model_args}: {error}") from error
+        check_supported(model)
         return model.eval()
 
 
@@ -99,6 +101,8 @@ def _from_name(name: str, model_args: dict[str, Any]) -> FloatModel:
         known = timm.list_models(f"*{architecture[:6]}*")[:3]
         hint = f" Did you mean {', '.join(known)}?" if known else ""
         raise ModelError(f"'{name}' is neither an existing file or folder nor a model of timm.{hint}")
+    with torch.device("meta"):  # before anything is downloaded; the head's size does not matter for it
+        ModelSpec(architecture, model_args, 1000).build()
     try:
         model: Any = timm.create_model(name, pretrained=True, **model_args).eval()
     except Exception as error:  # the hub client raises many types; all of them mean the same to the user

@@ -20,7 +20,7 @@ from torch import nn
 from gplq.checkpoint import Checkpoint, load_checkpoint
 from gplq.data import ImageSet, open_images
 from gplq.models import FloatModel, load_model
-from gplq.quantize import quantize
+from gplq.pipeline import quantize
 from gplq.recipe import Recipe
 from gplq_export.trace import trace
 

@@ -21,7 +21,7 @@ from gplq.data import ImageSet, open_images
 from gplq.errors import MissingError
 from gplq.evaluate import Accuracy
 from gplq.models import load_model
-from gplq.quantize import quantize
+from gplq.pipeline import quantize
 from gplq_export.lowering import lower
 from gplq_export.parity import BLOCK_LIMIT, LINEAR_LIMIT, AnotherSummationOrder, CodeCount, ParityReport, compare
 from gplq_export.targets import GraphWriter, Int4, Quantizer

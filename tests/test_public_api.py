@@ -38,3 +38,11 @@ def test_module_never_imports_the_exporter(path: Path) -> None:
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module or "")
     assert not [name for name in imported if name.split(".")[0] == "gplq_export"]
+
+
+def test_public_names_do_not_turn_into_modules() -> None:
+    # A submodule of the same name would replace the function as soon as it is imported.
+    folder = Path(gplq.__file__).parent
+    assert not [name for name in gplq.__all__ if (folder / f"{name}.py").exists()]
+    program = "import gplq.pipeline; from gplq import quantize, load; assert callable(quantize) and callable(load)"
+    subprocess.run([sys.executable, "-c", program], check=True)
