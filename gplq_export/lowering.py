@@ -154,7 +154,7 @@ def _finish(model: ir.Model, target: Target, metadata: dict[str, str]) -> None:
         for value in node.outputs:
             value.metadata_props.clear()
             if value.name and not value.is_graph_output():
-                value.type = value.shape = None  # inferred again below, for the types that the target chose
+                value.type = value.shape = None  # the exporter's may be wrong by now; every reader infers them
     for value in (*graph.initializers.values(), *graph.inputs, *graph.outputs):
         value.metadata_props.clear()
     for output, name in zip(graph.outputs, [OUTPUT], strict=True):
