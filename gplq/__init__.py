@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gplq.checkpoint import Checkpoint, load, load_checkpoint
     from gplq.errors import GplqError
     from gplq.models import FloatModel, load_model
-    from gplq.pipeline import quantize
+    from gplq.pipeline import quantize, train_activations
     from gplq.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ _PUBLIC = {
     "load_checkpoint": "gplq.checkpoint",
     "load_model": "gplq.models",
     "quantize": "gplq.pipeline",
+    "train_activations": "gplq.pipeline",
 }
 __all__ = [
     "Checkpoint",
@@ -38,6 +39,7 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "quantize",
+    "train_activations",
 ]
 
 

@@ -12,6 +12,7 @@ It is written by ``torch.save`` and holds a dict of plain data and tensors only,
     quantizers                name -> {scale [], pre_scale [C] or None, bits, signed}
     linears                   name -> {codes uint8 (4-bit: two a byte), shape, scale [N], bias [N] or None, bits}
     floats                    name -> tensor: norms, embeddings and whatever else is not quantised
+    compensated               names of the blocks with a compensation, whose tensors are FP16 (absent before 1.1)
 
 Loading rebuilds the architecture with timm, after checking that its size is that of the file's tensors.
 """
@@ -24,19 +25,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from gplq.compensate import CHILD, attach_compensation, compensations, has_width
+from gplq.convert import convert, quant_layers, units
 from gplq.data import Preprocessing
 from gplq.errors import CheckpointError, UsageError
 from gplq.files import atomic_path, sha256
 from gplq.grid import pack_codes, unpack_codes
-from gplq.integer import FrozenQuantizer, IntegerLinear
-from gplq.layers import convert, is_edge
+from gplq.integer import FrozenQuantizer, IntegerLinear, integer_layer
 from gplq.lsq import ActivationQuantizer
 from gplq.models import ModelSpec
 from gplq.recipe import Recipe
 
 SCHEMA = "gplq.checkpoint"
-SCHEMA_VERSION = (1, 0)
+SCHEMA_VERSION = (1, 1)
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -76,6 +79,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """
     quantizers, linears = frozen_quantizers(checkpoint.model), integer_linears(checkpoint.model)
     integer = tuple(f"{name}." for name in (*quantizers, *linears))
+    compensated = list(compensations(checkpoint.model))
     content = {
         "schema": SCHEMA,
         "schema_version": list(SCHEMA_VERSION),
@@ -103,8 +107,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
             for name, linear in linears.items()
         },
         "floats": {
-            name: tensor for name, tensor in checkpoint.model.state_dict().items() if not name.startswith(integer)
+            # A compensation was rounded to FP16 when it was fitted.
+            name: tensor.half() if name.startswith(_inside(compensated)) else tensor
+            for name, tensor in checkpoint.model.state_dict().items()
+            if not name.startswith(integer)
         },
+        "compensated": compensated,
     }
     write_plain(content, path)
 
@@ -185,32 +193,37 @@ def _rebuild(content: dict[str, Any], path: Path) -> Checkpoint:
     recipe = Recipe.from_dict(content["recipe"], source=f"the recipe in {path}")
     spec = ModelSpec(**content["model"])
     quantizers, linears, floats = content["quantizers"], content["linears"], content["floats"]
-    _check_size(spec, linears, floats, path.stat().st_size)
+    compensated = list(content.get("compensated", []))
+    _check_size(spec, linears, floats, compensated, path.stat().st_size)
     model = convert(spec.build(), recipe)
     for name, entry in quantizers.items():
         trained = model.get_submodule(name)
         if not isinstance(trained, ActivationQuantizer):
             raise TypeError(f"{spec.architecture} has no quantiser {name}")
-        if (entry["bits"], entry["signed"]) != (trained.bits, trained.signed):
+        if entry["bits"] != trained.bits or trained.signed not in (None, entry["signed"]):
             raise ValueError(f"the bits of {name} are not those of the recipe")
         if entry["pre_scale"] is not None:
             _check(entry["pre_scale"], (entry["pre_scale"].numel(),), f"{name} (pre_scale)")
         _check(entry["scale"], (), name)
         quantizer = FrozenQuantizer(entry["scale"], entry["pre_scale"], entry["bits"], bool(entry["signed"]), name)
         model.set_submodule(name, quantizer)
+    # Before any of them is replaced.
+    bits = {f"{name}.{child}": layer.weight_bits for name, layer in quant_layers(model) for child in ("linear", *"qkv")}
     for name, entry in linears.items():
         shape = tuple(entry["shape"])
         linear = model.get_submodule(name)
         bias = entry["bias"]
-        if not isinstance(linear, nn.Linear) or shape != tuple(linear.weight.shape):
+        if not isinstance(linear, nn.Linear | nn.Conv2d) or shape != tuple(linear.weight.shape):
             raise ValueError(f"{spec.architecture} has no linear {name} of shape {list(shape)}")
-        if entry["bits"] != (recipe.first_last_bits if is_edge(name) else recipe.weight_bits):
+        if entry["bits"] != bits.get(name):
             raise ValueError(f"the bits of {name} are not those of the recipe")
         if (bias is None) != (linear.bias is None) or (bias is not None and bias.shape != shape[:1]):
             raise ValueError(f"the bias of {name} does not fit")
         _check(entry["scale"], shape[:1], name)
         codes = unpack_codes(entry["codes"], entry["bits"], shape)
-        model.set_submodule(name, IntegerLinear(codes, entry["scale"], bias, entry["bits"], name))
+        model.set_submodule(name, integer_layer(linear, codes, entry["scale"], bias, entry["bits"], name))
+    for name in compensated:
+        _compensate(model, name, floats)
     # Whatever the architecture has and the file has not, or the other way round, shows up here.
     expected = {
         name for name in model.state_dict() if not name.startswith(tuple(f"{n}." for n in (*quantizers, *linears)))
@@ -223,19 +236,43 @@ def _rebuild(content: dict[str, Any], path: Path) -> Checkpoint:
     return Checkpoint(model.eval(), spec, preprocessing, label_names, recipe, content["provenance"], sha256(path))
 
 
-def _check_size(spec: ModelSpec, linears: dict[str, Any], floats: dict[str, Tensor], file_size: int) -> None:
+def _inside(compensated: list[str]) -> tuple[str, ...]:
+    """What the names of the tensors of compensations begin with."""
+    return tuple(f"{name}.{CHILD}." for name in compensated)
+
+
+def _compensate(model: nn.Module, name: str, floats: dict[str, Tensor]) -> None:
+    weight, bias = floats[f"{name}.{CHILD}.weight"], floats[f"{name}.{CHILD}.bias"]
+    block = dict(units(model)).get(name)
+    if block is None or hasattr(block, CHILD):
+        raise ValueError(f"'{name}' is no block that can be compensated")
+    channels = len(bias)
+    if weight.shape != (channels, channels) or bias.shape != (channels,) or not has_width(block, channels):
+        raise ValueError(f"the compensation of {name} does not fit")
+    if weight.dtype != torch.float16 or bias.dtype != torch.float16:
+        raise ValueError(f"the compensation of {name} is not FP16")
+    if not bool(weight.isfinite().all() and bias.isfinite().all()):
+        raise ValueError(f"the compensation of {name} is not finite")
+    attach_compensation(block, weight.float(), bias.float())
+
+
+def _check_size(
+    spec: ModelSpec, linears: dict[str, Any], floats: dict[str, Tensor], compensated: list[str], file_size: int
+) -> None:
     """Refuse before allocating anything if the architecture named is not of the size of the file's tensors."""
-    depth = spec.model_args.get("depth", 0)
-    if not isinstance(depth, int) or depth > len(linears):  # building millions of blocks takes long on any device
+    depth = [spec.model_args.get(key, 0) for key in ("depth", "depths", "stages")]
+    # Building millions of blocks takes long on any device.
+    if sum(int(blocks) for blocks in tree_leaves(depth)) > len(linears):
         raise ValueError(f"a depth of {depth} for {len(linears)} linears")
     with torch.device("meta"):
         declared = sum(parameter.numel() for parameter in spec.build().parameters())
-    stored = sum(tensor.numel() for tensor in floats.values())
+    added = sum(tensor.numel() for name, tensor in floats.items() if name.startswith(_inside(compensated)))
+    stored = sum(tensor.numel() for tensor in floats.values()) - added
     for entry in linears.values():
         bias = entry["bias"]
         stored += entry["codes"].numel() * (2 if entry["bits"] <= 4 else 1) + (0 if bias is None else bias.numel())
     # The tensors' own sizes prove nothing: many elements of one can lie on the same byte of the file.
-    if declared > 2 * file_size:
+    if max(declared, added) > 2 * file_size:
         raise ValueError(f"{spec.architecture} has {declared:,} parameters, the file {file_size:,} bytes")
     # Buffers, and the padding of an odd number of nibbles, are all that the two may differ by.
     if not 0.99 * declared <= stored <= 1.01 * declared + 4096:

@@ -2,6 +2,10 @@
 
 import argparse
 import ast
+import contextlib
+import io
+import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +15,14 @@ from gplq.errors import GplqError, UsageError
 
 EXIT_CODES = """exit codes: 0 fine, 1 a check failed, 2 usage or configuration, 3 something is missing on this machine,
 4 export or build failed, 5 built but not at the requested precision, 130 interrupted"""
+DATA = """data (--data, --eval):
+  images.npz               train_images, train_labels, test_images, test_labels; or images, labels
+  FOLDER                   train/CLASS/*.jpg and val/CLASS/*.jpg; or CLASS/*.jpg; or tar files instead of CLASS folders
+  'shards-{0000..0009}.tar'  WebDataset: key.jpg with key.cls, or with key.json {"label": 3}; also 'shards-*.tar'
+  hf:NAME                  Hugging Face data set, of the hub or in a folder (save_to_disk, parquet, ...)
+  'hf:NAME?stream=50000'   so many of its images, drawn without downloading all; kept in ~/.cache/gplq
+                           more options, with &: split, image, label (columns), config, revision, seed"""
+SKIP = "leave out and report images that cannot be read (default: stop)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +35,11 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     arguments = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], None] = arguments.run
     try:
-        command(arguments)
-        sys.stdout.flush()
+        # Of several processes only the first prints; errors come from all.
+        first = os.environ.get("RANK", "0") == "0"
+        with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
+            command(arguments)
+            sys.stdout.flush()
     except GplqError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -54,13 +69,15 @@ def _parser() -> argparse.ArgumentParser:
         "quantize",
         help="quantise a model: Stage 1 (activations), Stage 2 (weights)",
         description="Quantise a model. An interrupted run goes on where it was when the same command is given again.",
-        epilog="example: gplq quantize deit_small_patch16_224 --data /data/imagenet --out model.pt",
+        epilog=f"example: gplq quantize deit_small_patch16_224 --data /data/imagenet --out model.pt\n\n{DATA}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     quantize.add_argument("model", help="timm model name, folder that timm wrote, or weights file (then --arch)")
-    quantize.add_argument("--data", type=Path, required=True, help="npz file or image folder; see the README")
+    quantize.add_argument("--data", required=True, help="training images, and test images if there are some; see below")
     quantize.add_argument("--out", type=Path, required=True, help="the checkpoint to write, such as model.pt")
-    quantize.add_argument("--eval", type=Path, help="test images, if --data has none")
+    quantize.add_argument("--eval", metavar="DATA", help="test images, if --data has none")
     quantize.add_argument("--eval-images", type=positive, help="measure on so many test images (default: all)")
+    quantize.add_argument("--skip-bad-images", action="store_true", help=SKIP)
     quantize.add_argument("--recipe", type=Path, help="YAML recipe (default: the paper's; see 'gplq recipe')")
     quantize.add_argument("--arch", help="timm architecture, if MODEL is a weights file")
     quantize.add_argument("--num-classes", type=positive, help="classes of a weights file (default: from its head)")
@@ -68,11 +85,26 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--force", action="store_true", help="overwrite --out")
     quantize.set_defaults(run=_quantize)
 
-    evaluate = commands.add_parser("eval", help="measure the top-1 accuracy of a checkpoint")
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure the top-1 accuracy of a checkpoint",
+        epilog=DATA,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     evaluate.add_argument("checkpoint", type=Path)
-    evaluate.add_argument("--data", type=Path, required=True, help="npz file or image folder with test images")
+    evaluate.add_argument("--data", required=True, help="test images; see below")
     evaluate.add_argument("--images", type=positive, help="measure on so many of them (default: all)")
+    evaluate.add_argument("--skip-bad-images", action="store_true", help=SKIP)
     evaluate.set_defaults(run=_eval)
+
+    models = commands.add_parser(
+        "models",
+        help="which models can be quantised, and what of each",
+        description="Without a name: one architecture of each family of timm that the tests cover. With one: what of "
+        "it is quantised and what stays in floating point, with the reason. Needs no weights.",
+    )
+    models.add_argument("architecture", nargs="?", help="a timm architecture, such as swin_tiny_patch4_window7_224")
+    models.set_defaults(run=_models)
 
     recipe = commands.add_parser("recipe", help="print a recipe with every key, ready to be edited")
     recipe.add_argument("--recipe", type=Path, help="start from this recipe instead of the defaults")
@@ -99,22 +131,47 @@ def _quantize(arguments: argparse.Namespace) -> None:
         recipe,
         eval_data=arguments.eval,
         eval_images=arguments.eval_images,
+        bad_images="skip" if arguments.skip_bad_images else "fail",
         force=arguments.force,
     )
     print(f"wrote {arguments.out} ({arguments.out.stat().st_size:,} bytes)")
-    print(f"next: gplq-export {arguments.out} --int4 --trt --data {arguments.eval or arguments.data} --out dist")
+    data = shlex.quote(arguments.eval or arguments.data)
+    print(f"next: gplq-export {arguments.out} --int4 --trt --data {data} --out dist")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
     from gplq.checkpoint import load_checkpoint
-    from gplq.data import check_labels, open_images
+    from gplq.data import open_test_images
     from gplq.evaluate import top1
 
     checkpoint = load_checkpoint(arguments.checkpoint)
-    images = open_images(arguments.data, "test", checkpoint.preprocessing)
-    check_labels(images, checkpoint.spec.num_classes, checkpoint.label_names)
-    images = images.head(arguments.images)
-    print(f"{arguments.checkpoint} top-1 {top1(checkpoint.model, images, 'Checkpoint')}   (n = {len(images)})")
+    images = open_test_images(
+        arguments.data, checkpoint, arguments.images, "skip" if arguments.skip_bad_images else "fail"
+    )
+    accuracy = top1(checkpoint.model, images, "Checkpoint")
+    print(f"{arguments.checkpoint} top-1 {accuracy}   (n = {accuracy.n})")
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    from gplq.coverage import FAMILIES, cover
+
+    rows = {"": arguments.architecture} if arguments.architecture else FAMILIES
+    print(f"{'family':24} {'architecture':33} {'linears':>7} {'convs':>5} {'products':>8}  weights in 4 or 8 bits")
+    for family, architecture in rows.items():
+        found = cover(architecture)
+        counts = f"{found.linears:7} {found.convolutions:5} {found.products:8}"
+        print(f"{family:24} {architecture:33} {counts}  {100 * found.share:.1f} %")
+        sys.stdout.flush()
+    if not arguments.architecture:
+        print("\nconvs: convolutions; products: of two activations, in attention. 'gplq models NAME' tells more of any")
+        print(
+            "architecture of timm.list_models(), also of other families: what gplq cannot quantise, it refuses by name."
+        )
+        return
+    print(f"\nunits (Stage 2 and parity go unit by unit): {', '.join(found.units)}")
+    print("in floating point: norms, activations, softmax, embeddings, biases" + ("; and" if found.floats else ""))
+    for name, reason in found.floats.items():
+        print(f"  {name}: {reason}")
 
 
 def _recipe(arguments: argparse.Namespace) -> None:

@@ -1,30 +1,39 @@
-"""Images and labels: from an npz file or an image folder, through timm's own evaluation transform.
+"""Images and labels, through timm's own evaluation transform; how they are named, opened, checked and batched.
 
-Two layouts are read, both for training images (to quantise with) and test images (to measure with):
+What ``--data`` takes, for training images (to quantise with) and test images (to measure with):
 
     FILE.npz     train_images, train_labels, test_images, test_labels; or only images, labels
                  images: uint8 [n, H, W] or [n, H, W, 3]; labels: integers [n]
-    FOLDER/      class/image files; or train/class/… and val/class/… (or validation/, test/)
+    FOLDER/      class/image files; or train/class/… and val/class/… (or validation/, test/); or the same with *.tar
+    SHARDS.tar   WebDataset; also shards-{0000..0009}.tar and 'shards-*.tar'
+    hf:NAME      a Hugging Face data set, see :mod:`gplq.huggingface`
 """
 
+import copy
 import hashlib
+import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.datasets import ImageFolder
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
 
 from gplq.errors import DataError
+from gplq.huggingface import PREFIX, open_dataset
+from gplq.sources import Found, expand, open_folder, open_npz, open_shards
 
-SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "validation", "test")}
-_NPZ_LIMIT_BYTES = 64 * 2**30  # a decompressed array above this is refused rather than tried
+if TYPE_CHECKING:
+    from gplq.checkpoint import Checkpoint
+
+BadImages = Literal["fail", "skip"]
+_NAMED_BAD_IMAGES = 10  # so many are reported one by one
 
 
 @dataclass(frozen=True)
@@ -69,61 +78,106 @@ class Preprocessing:
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):
-    """Images with labels; yields (float32 [C, H, W], label).
+    """Images with labels; yields (float32 [C, H, W], label). Without labels, every label is -1.
 
     Attributes:
+        labels: one for each image.
+        classes: class names in label order, or None.
         source: where the images come from, for messages.
-        classes: folder names in label order, or None.
-        fingerprint: SHA-256 over the npz bytes, or over the relative paths and sizes of an image folder.
+        fingerprint: SHA-256 of what identifies the images: :func:`gplq.sources.fingerprint`, or all of an npz file.
+        bad_images: whether :func:`batches` fails at an image that cannot be read, or skips it.
+        skipped: the numbers of the images that were skipped so far.
     """
 
-    def __init__(
-        self,
-        items: Sequence[Any],
-        labels: Sequence[int],
-        preprocessing: Preprocessing,
-        source: Path,
-        classes: list[str] | None,
-        fingerprint: str,
-    ) -> None:
-        """``items``: paths of image files, or uint8 arrays [H, W] or [H, W, 3]."""
-        self.items, self.labels, self.source = items, labels, source
-        self.classes, self.fingerprint = classes, fingerprint
+    def __init__(self, found: Found, preprocessing: Preprocessing, bad_images: BadImages = "fail") -> None:
+        self.pictures, self.classes, self.source = found.pictures, found.classes, found.source
+        self.fingerprint, self.bad_images = found.fingerprint, bad_images
+        self.rows: Sequence[int] = range(len(found.pictures))
+        self.labels = [-1] * len(found.pictures) if found.labels is None else found.labels
+        self.skipped: set[int] = set()
         self._mode, self._transform = preprocessing.image_mode, preprocessing.transform()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        item = self.items[index]
+        item = self.read(index)
+        if isinstance(item, BadImage):
+            raise item.error()
+        return item
+
+    def read(self, index: int) -> "tuple[Tensor, int] | BadImage":
+        """An item, or why there is none."""
+        row = self.rows[index]
         try:
-            with Image.open(item) if isinstance(item, str | Path) else Image.fromarray(item) as image:
+            with self.pictures.open(row) as image:
                 tensor: Tensor = self._transform(image.convert(self._mode))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-            where = item if isinstance(item, str | Path) else f"image {index} of {self.source}"
-            raise DataError(f"cannot read {where}: {error}. Repair or remove it and run again.") from error
+        except Exception as error:  # Pillow's decoders raise nearly every type there is for damaged files
+            return BadImage(row, f"cannot read {self.pictures.name(row)}: {error}")
         return tensor, int(self.labels[index])
 
-    def loader(self, batch_size: int, indices: Sequence[int] | None = None) -> "DataLoader[tuple[Tensor, int]]":
-        """Batches (float32 [B, C, H, W], int64 [B]) in the order of ``indices``, or all in their own order."""
-        # Decoding files is worth processes of its own; arrays are in memory, and processes would only copy them.
-        workers = min(8, torch.get_num_threads()) if self._reads_files() else 0
-        return DataLoader(self if indices is None else Subset(self, list(indices)), batch_size, num_workers=workers)
-
-    def _reads_files(self) -> bool:
-        return len(self.items) > 0 and isinstance(self.items[0], str | Path)
+    def to_dict(self) -> dict[str, Any]:
+        """What provenance records; plain data."""
+        record = {"path": self.source, "sha256": self.fingerprint, "images": len(self)}
+        return {**record, "skipped": len(self.skipped)} if self.skipped else record
 
     def head(self, count: int | None) -> "ImageSet":
         """The first ``count`` images, evenly spread over the set so that all classes are met."""
         if count is None or count >= len(self):
             return self
         chosen = np.linspace(0, len(self) - 1, count).astype(int).tolist()
-        copy = ImageSet.__new__(ImageSet)
-        copy.__dict__ = dict(self.__dict__)
-        copy.items = [self.items[i] for i in chosen]
-        copy.labels = [self.labels[i] for i in chosen]
-        copy.fingerprint = hashlib.sha256(f"{self.fingerprint} {chosen}".encode()).hexdigest()
-        return copy
+        few = copy.copy(self)
+        few.rows = [self.rows[i] for i in chosen]
+        few.labels = [self.labels[i] for i in chosen]
+        few.fingerprint = hashlib.sha256(f"{self.fingerprint} {chosen}".encode()).hexdigest()
+        return few
+
+    def skip(self, bad: "BadImage") -> None:
+        """Note an image that cannot be read, and report it the first time; or fail, as ``bad_images`` wants it.
+
+        Raises:
+            DataError: bad images are fatal.
+        """
+        if self.bad_images == "fail":
+            raise bad.error()
+        if bad.row in self.skipped:
+            return
+        self.skipped.add(bad.row)
+        if len(self.skipped) <= _NAMED_BAD_IMAGES:
+            tqdm.write(f"skipped: {bad.reason}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that cannot be read: its number in the source, and which and why in words."""
+
+    row: int
+    reason: str
+
+    def error(self) -> DataError:
+        """What to raise if that is fatal."""
+        advice = "Repair or remove it and run again; gplq quantize and gplq eval can go on with --skip-bad-images."
+        return DataError(f"{self.reason}. {advice}")
+
+
+class _Batches(Dataset["_Batch"]):
+    """An ImageSet by batches, with bad images as values: out of a worker process, an exception comes as a traceback."""
+
+    def __init__(self, images: ImageSet, never_empty: bool) -> None:
+        self.images, self.never_empty = images, never_empty
+
+    def __getitems__(self, indices: list[int]) -> "_Batch":
+        items = [self.images.read(index) for index in indices]
+        bad = [item for item in items if isinstance(item, BadImage)]
+        good = [item for item in items if not isinstance(item, BadImage)]
+        if self.never_empty and self.images.bad_images == "skip":
+            following = itertools.chain(range(indices[-1] + 1, len(self.images)), range(indices[-1]))
+            while not good and (index := next(following, None)) is not None:
+                good = [item for item in [self.images.read(index)] if not isinstance(item, BadImage)]
+        return (default_collate(good) if good else None), bad
+
+
+_Batch = tuple[list[Tensor] | None, list[BadImage]]
 
 
 def draw(total: int, count: int, seed: int) -> list[int]:
@@ -132,111 +186,127 @@ def draw(total: int, count: int, seed: int) -> list[int]:
     return order[:count]
 
 
-def open_images(path: Path, split: str, preprocessing: Preprocessing) -> ImageSet:
-    """Open one split, "train" or "test", of an npz file or an image folder.
+def open_images(
+    data: str | Path,
+    split: str,
+    preprocessing: Preprocessing,
+    *,
+    need_labels: bool = True,
+    bad_images: BadImages = "fail",
+) -> ImageSet:
+    """Open one split, "train" or "test", of what ``data`` names.
+
+    Args:
+        data: see the top of this module.
+        split: "train" or "test".
+        preprocessing: the model's.
+        need_labels: if not, labels are neither needed nor looked at, and all labels are -1; a folder may then hold its
+            images in any way.
+        bad_images: whether an image that cannot be read ends the work or is left out.
 
     Raises:
-        DataError: nothing is there, it is of neither layout, it is empty, or it lacks the split.
+        DataError: nothing is there, it is none of these layouts, it is empty, or it lacks the split or labels.
+        MissingError: a package is needed to read it and not installed.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist. --data takes an npz file or a folder of images.")
+    return ImageSet(_find(str(data), split, need_labels), preprocessing, bad_images)
+
+
+def _find(data: str, split: str, need_labels: bool) -> Found:
+    if data.startswith(PREFIX):
+        return open_dataset(data, split, need_labels)
+    path = Path(data)
     if path.is_dir():
-        return _open_folder(path, split, preprocessing)
+        return open_folder(path, split, need_labels)
+    if data.endswith((".tar", ".tar.gz", ".tgz")):
+        return open_shards(expand(data), data, need_labels)
+    expected = "--data takes an npz file, a folder of images, tar files or hf:NAME."
+    if not path.exists():
+        raise DataError(f"{path} does not exist. {expected}")
     if path.suffix == ".npz":
-        return _open_npz(path, split, preprocessing)
-    raise DataError(f"{path} is neither a folder nor an .npz file. --data takes an npz file or a folder of images.")
+        return open_npz(path, split, need_labels)
+    raise DataError(f"{path} is neither a folder nor an .npz or .tar file. {expected}")
 
 
-def _open_npz(path: Path, split: str, preprocessing: Preprocessing) -> ImageSet:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            size = sum(info.file_size for info in arrays.zip.infolist())
-            if size > _NPZ_LIMIT_BYTES:
-                raise DataError(f"{path} decompresses to {size / 2**30:.0f} GiB; use an image folder instead.")
-            names = [f"{split}_images", f"{split}_labels"]
-            if names[0] not in arrays.files:
-                names = ["images", "labels"]
-            if any(name not in arrays.files for name in names):
-                raise DataError(
-                    f"{path} has no {split} images: expected the arrays {split}_images and {split}_labels "
-                    f"(or images and labels), found {', '.join(arrays.files) or 'none'}."
-                )
-            images, labels = arrays[names[0]], arrays[names[1]]
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise DataError(f"cannot read {path}: {error}. It must be an npz file without pickled objects.") from error
-    except Exception as error:  # zipfile and zlib raise a family of types of their own for damaged files
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"cannot read {path}: it is damaged ({error}).") from error
-    good_shape = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
-    if images.dtype != np.uint8 or not good_shape or labels.shape != images.shape[:1]:
-        raise DataError(
-            f"{path}: images must be uint8 [n, H, W] or [n, H, W, 3] with n labels; found {images.dtype} "
-            f"{list(images.shape)} with {list(labels.shape)} labels."
-        )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{path}: labels must be integers; found {labels.dtype}.")
-    if len(images) == 0:
-        raise DataError(f"{path} holds no {split} images.")
-    with path.open("rb") as file:
-        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
-    return ImageSet(images, labels.astype(np.int64).tolist(), preprocessing, path, None, f"{fingerprint}/{names[0]}")
+def open_test_images(
+    data: str | Path, checkpoint: "Checkpoint", limit: int | None, bad_images: BadImages = "fail"
+) -> ImageSet:
+    """At most ``limit`` test images of ``data``, evenly spread, with the labels of a checkpoint's model.
 
-
-def _open_folder(path: Path, split: str, preprocessing: Preprocessing) -> ImageSet:
-    root = _split_folder(path, split)
-    try:
-        folder = ImageFolder(str(root))
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{root} is not an image folder: {str(error).splitlines()[0]} Expected {root.name}/<class>/<image files>."
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot read {root}: {error.strerror}.") from error
-    paths = [Path(name) for name, _ in folder.samples]
-    digest = hashlib.sha256()
-    for image in paths:
-        digest.update(f"{image.relative_to(root)} {image.stat().st_size}\n".encode())
-    return ImageSet(paths, folder.targets, preprocessing, root, folder.classes, digest.hexdigest())
-
-
-def _split_folder(path: Path, split: str) -> Path:
-    """``path`` itself, or its sub-folder for ``split`` if it is divided into splits."""
-    divided = any((path / name).is_dir() for names in SPLIT_FOLDERS.values() for name in names)
-    if not divided:
-        return path
-    for name in SPLIT_FOLDERS[split]:
-        if (path / name).is_dir():
-            return path / name
-    raise DataError(f"{path} has no {split} images: expected a sub-folder {' or '.join(SPLIT_FOLDERS[split])}.")
+    Raises:
+        DataError: see :func:`open_images` and :func:`check_labels`.
+    """
+    images = open_images(data, "test", checkpoint.preprocessing, bad_images=bad_images)
+    check_labels(images, checkpoint.spec.num_classes, checkpoint.label_names)
+    return images.head(limit)
 
 
 def check_labels(images: ImageSet, num_classes: int, label_names: Sequence[str] | None) -> None:
     """Make the labels those of the model, or refuse: a wrong class order would look like a broken model.
 
-    Folders that are named like the model's labels are matched by name, others by their sorted order, which is only
-    sound if there are as many as the model has classes.
+    Classes (folders, say) that are named like the model's labels are matched by name, others by their order, which is
+    only sound if there are as many as the model has classes.
 
     Raises:
         DataError: the classes do not fit the model.
     """
+    known: dict[str, int] = {}
+    by_name, limit = False, num_classes
     if images.classes is not None:
         known = {name: index for index, name in enumerate(label_names or [])}
-        if all(name in known for name in images.classes):
-            images.labels = [known[images.classes[label]] for label in images.labels]
-            images.classes = list(label_names or [])  # in label order again, so that a second call changes nothing
-            return
-        if len(images.classes) != num_classes:
+        by_name = all(name in known for name in images.classes)
+        if not by_name and len(images.classes) != num_classes:
             raise DataError(
-                f"{images.source} has {len(images.classes)} class folders, the model {num_classes} classes: the "
-                "labels cannot be matched. Name the folders as the model's labels, or give all classes."
+                f"{images.source} has {len(images.classes)} classes, the model {num_classes}: the labels cannot be "
+                "matched. Name the classes (folders) as the model's labels, or give all of them."
             )
+        limit = len(images.classes)
     lowest, highest = min(images.labels), max(images.labels)
-    if lowest < 0 or highest >= num_classes:
-        raise DataError(f"{images.source} has labels {lowest} … {highest}, the model has {num_classes} classes.")
+    if lowest < 0 or highest >= limit:
+        owner = "the model has" if images.classes is None else "and"
+        raise DataError(f"{images.source} has labels {lowest} … {highest}, {owner} {limit} classes.")
+    if by_name and images.classes is not None:
+        images.labels = [known[images.classes[label]] for label in images.labels]
+        images.classes = list(label_names or [])  # in label order again, so that a second call changes nothing
 
 
-def batches(images: ImageSet, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of ``images``, on the CPU."""
-    for inputs, labels in images.loader(batch_size, indices):
-        yield inputs, torch.as_tensor(labels)
+def batches(
+    images: ImageSet, batch_size: int, indices: Sequence[int] | None = None, *, never_empty: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (float32 [B, C, H, W], int64 [B]) on the CPU, in the order of ``indices``, or all in their own order.
+
+    If bad images are skipped, a batch is smaller by them. One without any good image is left out; or, if
+    ``never_empty``, it holds the next good image of the set instead, so that training has as many steps as planned, in
+    each of its processes.
+
+    Raises:
+        DataError: an image cannot be read and that is fatal, or none can be read, or a worker process died.
+    """
+    order = range(len(images)) if indices is None else indices
+    # Decoding is worth processes of its own; arrays are in memory, and processes would only copy them.
+    workers = 0 if images.pictures.in_memory else min(8, torch.get_num_threads())
+    dataset = _Batches(images, never_empty)
+    loader: DataLoader[_Batch] = DataLoader(dataset, batch_size, sampler=order, num_workers=workers, collate_fn=_as_is)
+    empty, known = True, len(images.skipped)
+    try:
+        for good, bad in loader:
+            for image in bad:
+                images.skip(image)
+            if good is not None:
+                empty = False
+                inputs, labels = good
+                yield inputs, labels
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that reads {images.source} died: {str(error).splitlines()[0]} Most often memory, or shared "
+            "memory in a container (docker run --shm-size), is too small; OMP_NUM_THREADS=1 starts fewer processes."
+        ) from error
+    if len(images.skipped) > max(known, _NAMED_BAD_IMAGES):
+        tqdm.write(f"skipped {len(images.skipped)} images of {images.source} so far", file=sys.stderr)
+    if empty and len(order) > 0:
+        raise DataError(f"{images.source}: none of {len(order)} images can be read.")
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

@@ -62,6 +62,54 @@ class IntegerLinear(nn.Module):
         return y
 
 
+class IntegerConv(IntegerLinear):
+    """A convolution whose weight is integer codes: as :class:`IntegerLinear`, but ``codes`` are int8 [N, C, kh, kw].
+
+    Attributes:
+        stride, padding, dilation: (height, width) each, in pixels.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        bits: int,
+        name: str,
+    ) -> None:
+        """``conv``: the convolution that it replaces, for its geometry."""
+        super().__init__(codes, weight_scale, bias, bits, name)
+        self.stride, self.padding, self.dilation = (
+            [int(size) for size in sizes] for sizes in (conv.stride, conv.padding, conv.dilation)
+        )
+
+    def forward(self, x: Codes) -> Tensor:
+        """Codes [B, C, H, W] -> [B, N, H', W']."""
+        y: Tensor = ops.conv(
+            x.values,
+            x.scale,
+            self.codes,
+            self.weight_scale,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.bits,
+            self.name,
+        )
+        return y
+
+
+def integer_layer(
+    layer: nn.Module, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int, name: str
+) -> IntegerLinear:
+    """The integer form of an ``nn.Linear`` or ``nn.Conv2d`` with the given codes, of its weight's shape."""
+    if isinstance(layer, nn.Conv2d):
+        return IntegerConv(layer, codes, weight_scale, bias, bits, name)
+    return IntegerLinear(codes, weight_scale, bias, bits, name)
+
+
 def quantize_rows(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Nearest codes of a weight [N, K] with one scale a row [N]; int8 [N, K]."""
     return grid.quantize(weight, scale[:, None], bits, signed=True).to(torch.int8)

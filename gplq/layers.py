@@ -1,4 +1,4 @@
-"""The layers of a quantised ViT, and :func:`convert`, which puts them into a timm model by structure.
+"""The layers of a quantised model; :mod:`gplq.convert` puts them into a timm model by structure.
 
 A layer holds leaves that exist in two states. While training (Stage 1) the leaves are
 :class:`~gplq.lsq.ActivationQuantizer` and ``nn.Linear`` and pass tensors; once frozen (Stage 2) they are
@@ -6,35 +6,58 @@ A layer holds leaves that exist in two states. While training (Stage 1) the leav
 themselves do not know the difference.
 
     timm                          becomes                quantised operands
-    Attention (qkv, proj)         QuantAttention         one input for q, k, v; q, k; softmax (unsigned), v; proj input
     Linear                        QuantLinear            its input
-    Conv2d of a patch embedding   QuantPatchConv         its patches
+    Conv2d, kernel = stride       QuantPatchConv         its patches
+    Conv2d                        QuantConv              its input
+    Attention of a plain ViT      QuantAttention         one input for q, k, v; q, k; softmax (unsigned), v; proj input
+    whatever else multiplies two  itself, with products  both operands of each product
+    activations                   (route_products)
 """
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
-from timm.layers import LayerNorm as TimmLayerNorm
-from timm.layers import PatchEmbed
+import torch.nn.functional as F
+from timm.layers import Conv2dSame
 from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
+from timm.layers.padding import pad_same
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gplq import ops
 from gplq.errors import ModelError
 from gplq.lsq import ActivationQuantizer
 from gplq.ops import Codes
-from gplq.recipe import Recipe
+from gplq.survey import ATTENTION, MATMULS, bind_linear, operands
+
+# Makes the quantiser of a product's operand: signed, unsigned, or None if calibration is to find out.
+OperandFactory = Callable[[bool | None], ActivationQuantizer]
 
 
 class QuantLinear(nn.Module):
-    """A linear layer behind the quantiser of its input. [..., K] -> [..., N]."""
+    """A linear layer behind the quantiser of its input. [..., K] -> [..., N].
 
-    def __init__(self, linear: nn.Linear, input_quantizer: nn.Module) -> None:
+    Attributes:
+        weight_bits: of the weight, once Stage 2 has quantised it; so in all layers here that own a weight.
+        applied_by_parent: the parent does not call the layer but multiplies by its ``weight``.
+    """
+
+    def __init__(self, linear: nn.Linear, input_quantizer: nn.Module, weight_bits: int) -> None:
         super().__init__()
+        self.weight_bits = weight_bits
         self.input_quantizer = input_quantizer
         self.linear = linear
+        self.applied_by_parent = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The inner linear's weight, by which a parent that applies it itself is recognised."""
+        linear: Any = self.linear
+        weight: Tensor = linear.weight if isinstance(linear, nn.Linear) else linear.codes
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantise, then multiply."""
@@ -68,19 +91,23 @@ class QuantAttention(nn.Module):
     1/sqrt(head_dim) is part of the query's weights, so that the graph has no multiplication there.
     """
 
-    def __init__(self, attention: Attention, quantizer: "_QuantizerFactory") -> None:
+    def __init__(
+        self,
+        attention: Attention,
+        input_quantizer: ActivationQuantizer,
+        proj_quantizer: ActivationQuantizer,
+        operand: OperandFactory,
+        weight_bits: int,
+    ) -> None:
         super().__init__()
-        if attention.gate is not None:
-            raise ModelError("gated attention (timm's Attention with gated=True) is not supported yet.")
+        self.weight_bits = weight_bits
         self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
-        self.input_quantizer = quantizer("linear")
+        self.input_quantizer = input_quantizer
         self.q, self.k, self.v = _split_rows(attention.qkv, 3)
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
-        self.qk = QuantMatMul(quantizer("matmul"), quantizer("matmul"))
-        self.pv = QuantMatMul(quantizer("matmul", signed=False), quantizer("matmul"))
-        # The attention output mixes heads whose scales differ, and no norm stands before it that could take a
-        # per-channel scale for free: per tensor (design: granularity that a GPU can run).
-        self.proj = QuantLinear(attention.proj, quantizer("linear", per_channel=False))
+        self.qk = QuantMatMul(operand(True), operand(True))
+        self.pv = QuantMatMul(operand(False), operand(True))
+        self.proj = QuantLinear(attention.proj, proj_quantizer, weight_bits)
         self.attn_drop, self.proj_drop = attention.attn_drop, attention.proj_drop
         _scale_output(self.q if isinstance(self.q_norm, nn.Identity) else self.q_norm, attention.scale)
 
@@ -106,9 +133,10 @@ class QuantPatchConv(nn.Module):
     A matmul sums in the order of the code domain on every back end, which a convolution kernel does not promise.
     """
 
-    def __init__(self, conv: nn.Conv2d, input_quantizer: nn.Module) -> None:
+    def __init__(self, conv: nn.Conv2d, input_quantizer: nn.Module, weight_bits: int) -> None:
         super().__init__()
-        self.patch = (conv.kernel_size[0], conv.kernel_size[1])
+        self.weight_bits = weight_bits
+        self.kernel_size = (conv.kernel_size[0], conv.kernel_size[1])  # also read by parents that pad
         self.input_quantizer = input_quantizer
         self.linear = nn.Linear(math.prod(conv.weight.shape[1:]), conv.out_channels, bias=conv.bias is not None)
         self.linear.weight = nn.Parameter(conv.weight.detach().flatten(1).clone())
@@ -118,98 +146,150 @@ class QuantPatchConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Cut patches, quantise, multiply; channels first again, as a convolution returns them."""
         batch, channels, height, width = x.shape
-        ph, pw = self.patch
+        ph, pw = self.kernel_size
         rows, columns = height // ph, width // pw
         x = x[:, :, : rows * ph, : columns * pw].reshape(batch, channels, rows, ph, columns, pw)
         patches = x.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, channels * ph * pw)
         y: Tensor = self.linear(self.input_quantizer(patches))
         return y.permute(0, 3, 1, 2)
 
+    @staticmethod
+    def fits(conv: nn.Conv2d) -> bool:
+        """Whether a convolution takes disjoint patches of its input, each pixel once."""
+        plain = type(conv) is nn.Conv2d and conv.groups == 1 and conv.kernel_size == conv.stride
+        return plain and set(conv.padding) <= {0} and set(conv.dilation) == {1}
 
-def convert(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Replace, in place, every weight layer of a timm ViT by its quantised form; quantisers still pass through.
 
-    Raises:
-        ModelError: the model is not a ViT, or has a layer that is not supported; the message names it.
+class QuantConv(nn.Module):
+    """Any other ungrouped convolution behind the quantiser of its input. [B, C, H, W] -> [B, D, H', W'].
+
+    ``linear`` is the convolution, under the name that a weight has in all layers here.
     """
-    check_supported(model)
-    quantizer = _QuantizerFactory(recipe)
-    edge = {id(module) for module in _first_and_last(model)}
-    for name, module in list(model.named_modules()):
-        replacement: nn.Module
-        if isinstance(module, Attention):
-            replacement = QuantAttention(module, quantizer)
-        elif isinstance(module, nn.Conv2d):
-            replacement = QuantPatchConv(module, quantizer.edge())
-        elif isinstance(module, nn.Linear) and ".attn." not in f".{name}.":
-            replacement = QuantLinear(module, quantizer.edge() if id(module) in edge else quantizer("linear"))
-        else:
-            continue
-        model.set_submodule(name, replacement)
-    for name, module in model.named_modules():
-        if hasattr(module, "name"):
-            module.name = name
-    return model
+
+    def __init__(self, conv: nn.Conv2d, input_quantizer: nn.Module, weight_bits: int) -> None:
+        super().__init__()
+        self.weight_bits = weight_bits
+        self.input_quantizer = input_quantizer
+        self.pads_as_tensorflow = isinstance(conv, Conv2dSame)
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.linear = conv
+        if self.pads_as_tensorflow:
+            height, width = conv.kernel_size
+            self.linear = nn.Conv2d(conv.in_channels, conv.out_channels, (height, width))
+            self.linear.stride, self.linear.dilation = conv.stride, conv.dilation
+            self.linear.weight, self.linear.bias = conv.weight, conv.bias
+
+    @staticmethod
+    def fits(conv: nn.Conv2d) -> bool:
+        """Whether a convolution is an ordinary, ungrouped one."""
+        ordinary = type(conv) in (nn.Conv2d, Conv2dSame) and not isinstance(conv.padding, str)
+        return ordinary and conv.groups == 1 and conv.padding_mode == "zeros"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad as TensorFlow does if the weights come from there; quantise, convolve."""
+        if self.pads_as_tensorflow:
+            x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
+        y: Tensor = self.linear(self.input_quantizer(x))
+        return y
 
 
-# What may hold parameters in a supported model; all but the first three stay in float, they are a fraction of a per
-# cent of the work.
-_SUPPORTED_OWNERS = (Attention, nn.Linear, nn.Conv2d, nn.LayerNorm, TimmLayerNorm, LayerScale, VisionTransformer)
+class Products(nn.Module):
+    """Mixed into a module that multiplies activations itself, by :func:`route_products`.
+
+    While the module's own forward runs, the products in it go through the quantised ``product_0``, ``product_1``, …, in
+    the order of their calls; an attention is written out as its two products with a softmax between. A linear whose
+    weight the module applies itself goes through that child's quantised layer.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module itself computes."""
+        with _Router(self):
+            return super().forward(*args, **kwargs)
 
 
-def check_supported(model: nn.Module) -> None:
-    """Raise a :class:`ModelError` that names the first layer of ``model`` that cannot be quantised."""
-    if not isinstance(model, VisionTransformer):
-        raise ModelError(
-            f"{type(model).__name__} is not a ViT: supported is timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP and "
-            "their like). Choose one of timm.list_models('*vit*')."
-        )
-    for name, module in model.named_modules():
-        owns_parameters = next(module.parameters(recurse=False), None) is not None
-        patch_conv = (
-            name == "patch_embed.proj" and isinstance(module, nn.Conv2d) and isinstance(model.patch_embed, PatchEmbed)
-        )
-        unsupported = (
-            (owns_parameters and not isinstance(module, _SUPPORTED_OWNERS))
-            or (isinstance(module, nn.Conv2d) and not (patch_conv and module.kernel_size == module.stride))
-            or (name.endswith(".attn") and type(module) is not Attention)
-            # Folding relies on the order of norms and layers in timm's plain block; others have the same names.
-            or (name.startswith("blocks.") and name.count(".") == 1 and type(module) is not Block)
-        )
-        if unsupported:
-            raise ModelError(f"layer '{name}' ({type(module).__name__}) of this model is not supported.")
+def route_products(module: nn.Module, count: int, operand: OperandFactory) -> None:
+    """Quantise, in place, the operands of the ``count`` products that ``module`` computes."""
+    for index in range(count):
+        module.add_module(f"product_{index}", QuantMatMul(operand(None), operand(None)))
+    cls: Any = type(module)
+    module.__class__ = _with_products(cls)
 
 
-class _QuantizerFactory:
-    """Makes activation quantisers as a recipe wants them."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.bits, self.edge_bits = recipe.activation_bits, recipe.first_last_bits
-        self.per_channel = recipe.stage1.granularity == "per_channel"
-
-    def __call__(self, kind: str, signed: bool = True, per_channel: bool | None = None) -> ActivationQuantizer:
-        if per_channel is None:
-            per_channel = self.per_channel and kind == "linear"
-        return ActivationQuantizer(self.bits, signed, per_channel, kind)
-
-    def edge(self) -> ActivationQuantizer:
-        """For the first and the last layer: more bits, one scale."""
-        return ActivationQuantizer(self.edge_bits, signed=True, per_channel=False, kind="edge")
+@functools.cache
+def _with_products(cls: Any) -> Any:
+    # One class for each class, as torch.nn.utils.parametrize does it: isinstance, names and deepcopy stay as they are.
+    return type(f"Quant{cls.__name__}", (Products, cls), {"__module__": __name__})
 
 
-def is_edge(name: str) -> bool:
-    """Whether a layer of a converted model is its first or its last, by its name."""
-    return name.startswith(("patch_embed", "head"))
+class _Router(TorchFunctionMode):
+    """Sends the products of one module through its quantised ones."""
 
+    _active: ClassVar[list["_Router | None"]] = []
 
-def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The transformer blocks in order, with their names."""
-    children: Any = model.blocks
-    return [(f"blocks.{index}", block) for index, block in enumerate(children)]
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.calls = 0
+        self.applied = [
+            child for child in module.children() if isinstance(child, QuantLinear) and child.applied_by_parent
+        ]
 
+    def __enter__(self) -> Any:
+        self._active.append(self)
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
-def _first_and_last(model: nn.Module) -> list[nn.Module]:
-    return [module for name, module in model.named_modules() if is_edge(name)]
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._active.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace a product; leave the rest, and whatever a quantised layer computes inside."""
+        kwargs = kwargs or {}
+        if self._active[-1] is not self:
+            return func(*args, **kwargs)
+        self._active.append(None)
+        try:
+            if func is ATTENTION:
+                return self._attention(*args, **kwargs)
+            if func in MATMULS:
+                return self._product(*operands(func, args, kwargs))
+            if func is F.linear:
+                x, weight, _ = bind_linear(*args, **kwargs)
+                for child in self.applied:
+                    if child.weight is weight:
+                        return child(x)  # its bias is the one that the module would have added
+            return func(*args, **kwargs)
+        finally:
+            self._active.pop()
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        product = getattr(self.module, f"product_{self.calls}", None)
+        if product is None:
+            raise ModelError(f"{type(self.module).__name__} multiplies more often than when it was converted.")
+        self.calls += 1
+        y: Tensor = product(a, b)
+        return y
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """``scaled_dot_product_attention`` in evaluation: no dropout."""
+        if is_causal or enable_gqa or (attn_mask is not None and attn_mask.dtype == torch.bool):
+            raise ModelError(f"{type(self.module).__name__}: causal, grouped or masked attention is not supported.")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        # Scaling queries costs less than scaling scores, and is what families without the fused function do.
+        scores = self._product(query * scale, key.transpose(-2, -1))
+        if attn_mask is not None:
+            scores = scores + attn_mask
+        return self._product(torch.softmax(scores, dim=-1), value)
 
 
 def _split_rows(linear: nn.Linear, parts: int) -> list[nn.Linear]:
@@ -232,15 +312,3 @@ def _scale_output(module: nn.Module, factor: float) -> None:
         raise ModelError(f"a query norm without a weight ({type(module).__name__}) is not supported.")
     for parameter in module.parameters():
         parameter.mul_(factor)
-
-
-def mark_blocks(model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-    """Give each block's input, and the last block's output, a name that survives export: ``<block>.input``."""
-    named = blocks(model)
-    handles = [
-        block.register_forward_pre_hook(lambda _, args, name=name: (ops.mark(args[0], f"{name}.input"), *args[1:]))
-        for name, block in named
-    ]
-    name, last = named[-1]
-    handles.append(last.register_forward_hook(lambda _, __, output: ops.mark(output, f"{name}.output")))
-    return handles

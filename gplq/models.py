@@ -13,10 +13,11 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from gplq.convert import check_supported
 from gplq.data import Preprocessing
 from gplq.errors import ModelError
 from gplq.files import sha256
-from gplq.layers import check_supported
+from gplq.survey import input_size
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # What timm.create_model takes itself and does not pass on to the architecture. ``checkpoint_path`` is the dangerous
@@ -160,12 +161,7 @@ def _from_file(path: Path, arch: str | None, model_args: dict[str, Any], num_cla
 def _preprocessing(model: nn.Module, pretrained: dict[str, Any]) -> Preprocessing:
     """What the weights' configuration (or else the architecture's) says, at the size that the model was built for."""
     config = resolve_data_config({}, pretrained_cfg=pretrained, model=model)
-    patch_embed: Any = getattr(model, "patch_embed", None)
-    size = getattr(patch_embed, "img_size", None)
-    if size is not None:
-        # The configuration tells the size of the original weights; --model-arg img_size may have chosen another.
-        config["input_size"] = (config["input_size"][0], *size)
-    return Preprocessing.from_dict(config)
+    return Preprocessing.from_dict({**config, "input_size": input_size(model)})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The four operators that a quantised model is made of.
+"""The five operators that a quantised model is made of.
 
 They are PyTorch custom operators, so that ``torch.export`` keeps each as one node under its own name whatever the
 exporter's version decomposes; the ONNX side maps each to the nodes of its target. All of them run on any device, in
@@ -52,6 +52,44 @@ def _(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int, name: str
 ) -> Tensor:
     return codes.new_empty([*codes.shape[:-1], weight.shape[0]])
+
+
+@torch.library.custom_op("gplq::conv", mutates_args=())
+def conv(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    bits: int,
+    name: str,
+) -> Tensor:
+    """A convolution on codes, as :func:`linear`. ``codes``: [B, C, H, W]; ``weight``: int8 codes [N, C, kh, kw].
+
+    Padding is with zeros, which are codes of 0 on any symmetric grid.
+    """
+    y = F.conv2d(codes, weight.to(codes.dtype), None, stride, padding, dilation)
+    y = y * (scale * weight_scale)[:, None, None]
+    return y if bias is None else y + bias[:, None, None]
+
+
+@conv.register_fake
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    bits: int,
+    name: str,
+) -> Tensor:
+    return F.conv2d(codes, codes.new_empty(weight.shape), None, stride, padding, dilation)
 
 
 @torch.library.custom_op("gplq::matmul", mutates_args=())

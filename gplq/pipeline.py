@@ -2,98 +2,195 @@
 
 import copy
 import hashlib
+import itertools
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from gplq import stage1, stage2
-from gplq.calibrate import calibrate
+from gplq.calibrate import calibrate, calibrate_on
 from gplq.checkpoint import Checkpoint, read_plain, save_checkpoint, write_plain
-from gplq.data import ImageSet, check_labels, open_images
-from gplq.errors import CheckpointError, UsageError
-from gplq.evaluate import Accuracy, top1
+from gplq.convert import convert
+from gplq.data import BadImages, ImageSet, check_labels, open_images
+from gplq.errors import CheckpointError, DataError, UsageError
+from gplq.evaluate import Accuracy, Agreement, agreement, top1
 from gplq.files import atomic_path
-from gplq.layers import convert
 from gplq.models import FloatModel
+from gplq.processes import processes
 from gplq.provenance import environment
 from gplq.recipe import Recipe
+from gplq.stage1 import Loss, micro_batch_size
 
 Say = Callable[[str], None]
 
 
 def quantize(
     source: FloatModel,
-    data: Path,
+    data: str | Path,
     out: Path,
     recipe: Recipe,
     *,
-    eval_data: Path | None = None,
+    eval_data: str | Path | None = None,
     eval_images: int | None = None,
+    bad_images: BadImages = "fail",
     force: bool = False,
     say: Say = print,
 ) -> dict[str, Accuracy]:
     """Quantise ``source`` and write the checkpoint ``out``.
 
     While it works, its state is kept in ``<out>.resume``; the same call after an interruption goes on from there. The
-    state is removed when ``out`` is written.
+    state is removed when ``out`` is written. It runs on a GPU if there is one, and on several GPUs or in several CPU
+    processes if ``accelerate launch`` started it; then only the first process prints and writes.
 
     Args:
         source: the float model; it is not changed.
-        data: training images (npz or folder); also test images, if it has a split of them.
+        data: training images, named as in :mod:`gplq.data`; also test images, if it has a split of them.
         out: the checkpoint to write, such as ``model.pt``.
         recipe: every setting.
         eval_data: test images, if ``data`` has none.
         eval_images: measure on this many of them, evenly spread; all if None.
+        bad_images: whether an image that cannot be read ends the run ("fail") or is left out ("skip").
         force: overwrite ``out``.
         say: where progress messages go.
 
     Returns:
-        Top-1 of "FP32", "W32A4" (after Stage 1) and "W4A4"; the names follow the recipe's bits.
+        Top-1 of "FP32", "W32A4" (after Stage 1) and "W4A4"; the names follow the recipe's bits. Without labels
+        (``stage1.task_weight`` 0 and no ``eval_data``): how far the latter two agree with the float model.
 
     Raises:
         UsageError: something is wrong with the inputs or ``out``; nothing is written.
         GateError: the training diverged.
     """
-    check_output(out, force)
-    train_set = open_images(data, "train", source.preprocessing)
-    test_set = open_images(eval_data or data, "test", source.preprocessing)
-    for images in (train_set, test_set):
-        check_labels(images, source.spec.num_classes, source.label_names)
-    if eval_data is None and test_set.fingerprint == train_set.fingerprint:
-        raise UsageError(f"{data} has no test images apart from its training images: give some with --eval.")
+    first = processes().is_main_process
+    if first:
+        check_output(out, force)
+    else:
+        say = _say_nothing
+    train_set, test_set = _open_data(source, data, recipe, eval_data, bad_images)
     test_set = test_set.head(eval_images)
+    labelled = recipe.stage1.task_weight > 0 or eval_data is not None
 
-    run = _Run(out, _fingerprint(source, train_set, test_set, recipe), say)
-    accuracies: dict[str, Accuracy] = {}
+    run = _Run(out.with_name(f"{out.name}.resume"), _fingerprint(source, train_set, test_set, recipe), say)
+    results: dict[str, Accuracy] = {}
     activations, weights = f"A{recipe.activation_bits}", f"W{recipe.weight_bits}"
+    device = processes().device
+    teacher = copy.deepcopy(source.model).to(device)
 
     def measure(name: str, model: nn.Module) -> None:
-        accuracies[name] = run.recall(name, lambda: top1(model, test_set, name))
-        say(f"{name:6} top-1 {accuracies[name]}   (n = {len(test_set)})")
+        if labelled:
+            results[name] = run.recall(name, lambda: top1(model, test_set, name))
+        else:
+            results[name] = run.recall(name, lambda: agreement(model, teacher, test_set, name))
+        what = "top-1" if labelled else "agreement with FP32"
+        say(f"{name:6} {what} {results[name]}   (n = {results[name].n})")
 
-    measure("FP32", source.model)
-    student = convert(copy.deepcopy(source.model), recipe)
-    _quantize_activations(student, source.model, train_set, recipe, run)
+    if labelled:
+        measure("FP32", teacher)
+    student = convert(copy.deepcopy(source.model), recipe).to(device)
+    _quantize_activations(student, teacher, train_set, recipe, run)
     measure(f"W32{activations}", student)
     say(f"Stage 2: weights to {recipe.weight_bits} bits ({recipe.stage2.rounding})")
-    stage2.quantize_weights(student, train_set, recipe)
+    # Every process does the same work: it is deterministic, and one that waits for another is given up after minutes.
+    reports = stage2.quantize_weights(student, train_set, recipe)
+    for report in reports:
+        say(str(report))
     measure(f"{weights}{activations}", student)
     provenance = {
         **environment(),
         "source": source.source,
         "source_sha256": source.sha256,
-        "train_data": {"path": str(train_set.source), "sha256": train_set.fingerprint, "images": len(train_set)},
-        "test_data": {"path": str(test_set.source), "sha256": test_set.fingerprint, "images": len(test_set)},
+        "train_data": train_set.to_dict(),
+        "test_data": test_set.to_dict(),
         "seed": recipe.seed,
-        "top1": {name: accuracy.to_dict() for name, accuracy in accuracies.items()},
+        "processes": processes().num_processes,
+        "stage2": [report.to_dict() for report in reports],
+        "top1" if labelled else "agreement": {name: result.to_dict() for name, result in results.items()},
     }
+    student.cpu()
     checkpoint = Checkpoint(student, source.spec, source.preprocessing, source.label_names, recipe, provenance)
-    save_checkpoint(checkpoint, out)
+    if first:
+        save_checkpoint(checkpoint, out)
     run.finish()
-    return accuracies
+    processes().wait_for_everyone()
+    return results
+
+
+def train_activations(
+    student: nn.Module,
+    data: Collection[Any],
+    *,
+    loss: Loss,
+    recipe: Recipe,
+    state_file: Path | None = None,
+    say: Say = print,
+) -> None:
+    """Stage 1 for any task: calibrate and train a converted model on a loss of your own, in place.
+
+    Detection with torchvision, for instance, where a batch is (list of images, list of target dicts) and a model in
+    training mode returns its losses by name::
+
+        detector.backbone = gplq.layers.convert(detector.backbone, recipe)
+        gplq.train_activations(detector, loader, loss=lambda model, batch: model(*batch), recipe=recipe)
+
+    Optimiser, precision, accumulation, resuming and the checks for NaN are those of :func:`quantize`. Of
+    ``recipe.stage1`` the keys ``task_weight``, ``alpha`` and those of the PCA have no effect: the loss is yours.
+
+    Args:
+        student: a model with converted parts, on the device to train on, in the mode that the loss wants.
+        data: batches of ``batch_size / accumulate / processes`` images: any nesting of tuples, lists, dicts and
+            tensors, which are moved to the model's device. It is iterated once an epoch, with PyTorch's random
+            generator seeded, and must give the same batches each time; a DataLoader does, shuffled or not. With
+            several processes each gives its own share.
+        loss: called with (model, batch); returns the mean loss of the batch, or its terms by name, which are summed.
+        recipe: every setting.
+        state_file: where the state for resuming is kept; removed at the end. None: an interruption loses the work.
+        say: where progress messages go.
+
+    Raises:
+        UsageError: ``data`` has fewer batches than one step of the optimiser takes.
+        GateError: the loss or a gradient became NaN or infinite.
+    """
+    settings = recipe.stage1
+    size = micro_batch_size(recipe)
+    most = len(data) if settings.max_images is None else min(len(data), settings.max_images // size)
+    steps = most // settings.accumulate  # an epoch
+    if steps == 0:
+        raise UsageError(f"{most} batches are fewer than one step takes (stage1.accumulate is {settings.accumulate}).")
+    run = _Run(state_file, _own_fingerprint(student, recipe), say if processes().is_main_process else _say_nothing)
+
+    def epoch(number: int, skip: int) -> Iterator[Any]:
+        torch.manual_seed(recipe.seed + 1 + number)
+        return itertools.islice(data, skip * settings.accumulate, steps * settings.accumulate)
+
+    def micro_batches(step: int) -> Iterator[Any]:
+        for number in range(step // steps, settings.epochs):
+            yield from epoch(number, max(step - number * steps, 0))
+
+    calibrate_on(
+        student,
+        lambda batch: loss(student, batch),
+        epoch(0, 0),
+        min(most, math.ceil(recipe.calibration.images / size / processes().num_processes)),
+        recipe,
+    )
+    if settings.enabled:
+        stage1.optimise(
+            student,
+            loss,
+            micro_batches,
+            steps * settings.epochs,
+            recipe,
+            run.state.get("stage1"),
+            lambda content: run.save("stage1", content),
+        )
+    run.finish()
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -124,6 +221,35 @@ def _quantize_activations(
         stage1.train(student, teacher, images, recipe, state, lambda content: run.save("stage1", content))
 
 
+def _open_data(
+    source: FloatModel, data: str | Path, recipe: Recipe, eval_data: str | Path | None, bad_images: BadImages
+) -> tuple[ImageSet, ImageSet]:
+    """The training and the test images, with labels where the recipe or the measurement needs them."""
+    train_labels = recipe.stage1.task_weight > 0
+    test_labels = train_labels or eval_data is not None
+    train_set = open_images(data, "train", source.preprocessing, need_labels=train_labels, bad_images=bad_images)
+    try:
+        test_set = open_images(
+            eval_data or data, "test", source.preprocessing, need_labels=test_labels, bad_images=bad_images
+        )
+    except DataError:
+        if test_labels:
+            raise
+        test_set = train_set  # how far the models agree can be measured on any images
+    for images, labels in ((train_set, train_labels), (test_set, test_labels)):
+        if labels:
+            check_labels(images, source.spec.num_classes, source.label_names)
+    if eval_data is None and test_labels and test_set.fingerprint == train_set.fingerprint:
+        raise UsageError(f"{data} has no test images apart from its training images: give some with --eval.")
+    return train_set, test_set
+
+
+def _own_fingerprint(student: nn.Module, recipe: Recipe) -> str:
+    """Identifies a run on a user's own data, as far as it can be seen: the recipe, and how the model is built."""
+    shapes = {name: list(p.shape) for name, p in student.named_parameters() if not name.endswith("raw_scale")}
+    return hashlib.sha256(json.dumps([shapes, recipe.to_dict()], sort_keys=True).encode()).hexdigest()
+
+
 def _fingerprint(source: FloatModel, train_set: ImageSet, test_set: ImageSet, recipe: Recipe) -> str:
     """Identifies a run: only with the same inputs and recipe does it make sense to go on with it."""
     parts = [source.sha256, source.spec.architecture, json.dumps(source.spec.model_args, sort_keys=True, default=str)]
@@ -134,34 +260,46 @@ def _fingerprint(source: FloatModel, train_set: ImageSet, test_set: ImageSet, re
 class _Run:
     """The state of a run on disk: written atomically, taken up if it belongs to the same inputs, removed at the end."""
 
-    def __init__(self, out: Path, fingerprint: str, say: Say) -> None:
-        self.path = out.with_name(f"{out.name}.resume")
-        self.say = say
+    def __init__(self, path: Path | None, fingerprint: str, say: Say) -> None:
+        self.path, self.say = path, say
         self.state: dict[str, Any] = {"fingerprint": fingerprint, "accuracies": {}}
-        if not self.path.exists():
-            return
+        # The others take what the first process reads: one may not see its disk, or see it a moment later.
+        shared = [self._read(fingerprint) if processes().is_main_process else None]
+        stored = broadcast_object_list(shared)[0]
+        if stored is not None:
+            self.state = stored
+
+    def _read(self, fingerprint: str) -> dict[str, Any] | None:
+        if self.path is None or not self.path.exists():
+            return None
         try:
             stored = read_plain(self.path)
         except CheckpointError as error:
-            say(f"ignoring the state of an earlier run: {error}")
-            return
+            self.say(f"ignoring the state of an earlier run: {error}")
+            return None
         if isinstance(stored, dict) and stored.get("fingerprint") == fingerprint:
-            self.state = stored
-        else:
-            say(f"starting anew: {self.path} belongs to another model, data set or recipe")
+            return stored
+        self.say(f"starting anew: {self.path} belongs to another model, data set or recipe")
+        return None
 
     def recall(self, name: str, measure: Callable[[], Accuracy]) -> Accuracy:
         """An accuracy that an interrupted run has already measured, or a new measurement."""
         known = self.state["accuracies"].get(name)
         if known is not None:
-            return Accuracy(**known)
+            return Agreement(**known) if "cosine" in known else Accuracy(**known)
         accuracy = measure()
-        self.state["accuracies"][name] = {"correct": accuracy.correct, "n": accuracy.n}
+        self.state["accuracies"][name] = asdict(accuracy)
         return accuracy
 
     def save(self, key: str, content: dict[str, Any]) -> None:
         self.state[key] = content
-        write_plain(self.state, self.path)
+        if self.path is not None and processes().is_main_process:
+            write_plain(self.state, self.path)
 
     def finish(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if self.path is not None and processes().is_main_process:
+            self.path.unlink(missing_ok=True)
+
+
+def _say_nothing(_: str) -> None:
+    """Where the messages of all processes but the first go."""

@@ -1,5 +1,6 @@
 """Progress with an ETA: a live bar on a terminal, a line every ten seconds in a log."""
 
+import os
 import sys
 from typing import Any
 
@@ -18,5 +19,6 @@ def progress(total: int, what: str, unit: str, initial: int = 0) -> "tqdm[Any]":
         maxinterval=10,
         dynamic_ncols=live,
         leave=not live,
+        disable=os.environ.get("RANK", "0") != "0",  # of several processes only the first shows one
         delay=1.0,  # what takes less than a second needs no bar
     )

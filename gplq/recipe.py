@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gplq.errors import ConfigError
 
 Range = Literal["minmax", "percentile", "mse"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Granularity = Literal["per_channel", "per_tensor"]
 
 # The learning rates that the paper used at each batch size (GPLQ, Table 9).
@@ -40,15 +41,36 @@ class Stage1(_Section):
     granularity: Granularity = Field("per_channel", description="activation scales of linears fed by a norm or GELU")
     epochs: int = Field(1, ge=1)
     max_images: int | None = Field(None, ge=1, description="stop an epoch after this many images")
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, description="images an optimiser step, over all processes")
+    accumulate: int = Field(1, ge=1, description="parts in which a process computes its share of a batch, for memory")
+    precision: Precision = Field("fp32", description="of matmuls; quantisers stay in FP32")
+    teacher_precision: Precision | None = Field(None, description="of the teacher's forward pass; none: as precision")
+    gradient_checkpointing: bool = Field(False, description="a third more time for a fraction of the memory")
     lr: float | None = Field(
         None, gt=0, description="AdamW learning rate of weights; none: the paper's for the batch size"
     )
-    scale_lr: float = Field(1e-3, ge=0, description="learning rate of the scales, as a fraction of each scale")
+    train_weights: bool = Field(True, description="false: only the scales learn")
+    scale_lr: float = Field(1e-3, ge=0, description="learning rate of the scales; 0: they stay as calibrated")
+    scale_parametrization: Literal["log", "linear"] = Field(
+        "log", description="what is learned; log: scale_lr is a fraction of each scale, linear: an absolute step"
+    )
+    scale_gradient_factor: bool = Field(True, description="LSQ's 1 / sqrt(values * highest code)")
     weight_decay: float = Field(0.0, ge=0)
+    task_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy; 0: labels are not needed")
     alpha: float = Field(1.0, ge=0, description="weight of the PCA loss (Eq 2)")
     pca_variance: float = Field(0.6, gt=0, le=1, description="share of the teacher features' variance that is kept")
+    pca_dimensions: int | None = Field(None, ge=1, description="directions that are kept, instead of pca_variance")
     checkpoint_seconds: float = Field(60, gt=0, description="how often the state for resuming is written")
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> "Stage1":
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        if self.task_weight == self.alpha == 0:
+            raise ValueError("task_weight and alpha are both 0, so that there is nothing to learn")
+        if not self.train_weights and self.scale_lr == 0:
+            raise ValueError("train_weights is false and scale_lr 0, so that nothing learns")
+        return self
 
     def learning_rate(self) -> float:
         """The AdamW learning rate: the recipe's, else the paper's for the nearest batch size not above this one."""
@@ -58,15 +80,33 @@ class Stage1(_Section):
         return PAPER_LEARNING_RATES[max(known, default=16)]
 
 
+class LearnedRounding(_Section):
+    """Rounding learned by gradient, block by block (AdaRound)."""
+
+    iterations: int = Field(1000, ge=1, description="steps of Adam for each block")
+    lr: float = Field(1e-2, gt=0)
+    regularisation: float = Field(0.1, gt=0, description="weight of the term that drives each weight to one code")
+
+
 class Stage2(_Section):
     """Weights to 4 bits, without training."""
 
     granularity: Granularity = Field("per_channel", description="weight scales: one an output channel, or one in all")
-    range: Range = "mse"
+    range: Literal[Range, "output"] = Field(
+        "mse", description="output: several scales are tried, and the layer's output decides"
+    )
     percentile: float = Field(0.1, gt=0, lt=50, description="share of each channel's largest weights that is clipped")
-    rounding: Literal["nearest", "gptq"] = Field("gptq", description="gptq: second-order, on quantised inputs")
-    images: int = Field(512, ge=1, description="training images for the second-order statistics")
+    rounding: Literal["nearest", "gptq", "adaround"] = Field(
+        "gptq", description="gptq: second-order, on quantised inputs; adaround: then learned per block, slower"
+    )
+    compensation: Literal["none", "ridge", "qwt"] = Field(
+        "none", description="ridge: regression folded into the linears; qwt: a float linear beside each block (Eq 3)"
+    )
+    bias_correction: bool = Field(False, description="biases absorb the mean error of rounding, over all tokens")
+    images: int = Field(512, ge=1, description="training images for all statistics; a fifth of them only to judge")
     damping: float = Field(0.01, gt=0, description="share of the Hessian's mean diagonal that is added to it")
+    ridge: float = Field(1.0, gt=0, description="lambda of the regressions, as a share of the mean squared input")
+    adaround: LearnedRounding = LearnedRounding()
 
 
 class Recipe(_Section):

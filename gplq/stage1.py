@@ -1,28 +1,40 @@
 """Stage 1, Act-QAT: one epoch with quantised activations and FP32 weights at a tiny learning rate.
 
-Loss = cross-entropy + alpha * L_PCA (GPLQ, Eq 2); the teacher is the float model itself. The student runs in
-evaluation mode: it should mimic what is deployed, so nothing in it is random (no dropout, no stochastic depth).
+Loss = task_weight * cross-entropy + alpha * L_PCA (GPLQ, Eq 2); the teacher is the float model itself. Another task,
+such as detection, brings a loss of its own. The student of a classification runs in evaluation mode: it should mimic
+what is deployed, so nothing in it is random (no dropout, no stochastic depth).
 """
 
 import contextlib
+import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gplq.calibrate import activation_quantizers
 from gplq.data import ImageSet, batches, draw
-from gplq.errors import GateError
-from gplq.pca import classify, fit_pca, pca_loss, penultimate
+from gplq.errors import ConfigError, GateError, ModelError
+from gplq.lsq import recompute_quantized
+from gplq.pca import Features, fit_pca, pca_loss
+from gplq.processes import device_of, processes, total
 from gplq.progress import progress
-from gplq.recipe import Recipe
+from gplq.recipe import Recipe, Stage1
 
 SaveState = Callable[[dict[str, Any]], None]
+# (model, batch) -> the loss, a mean over the batch's images; or its terms by name, which are summed.
+Loss = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
+# First optimiser step -> the micro-batches of this process from there on, ``recipe.stage1.accumulate`` for each step.
+MicroBatches = Callable[[int], Iterable[Any]]
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(
@@ -33,60 +45,281 @@ def train(
     state: dict[str, Any] | None,
     save: SaveState,
 ) -> None:
-    """Train a converted and calibrated ``student`` in place.
+    """Train a converted and calibrated classifier in place.
 
     Args:
         student: the converted model; changed in place.
-        teacher: the float model.
-        images: training images.
+        teacher: the float model, on the same device.
+        images: training images; their labels are not looked at if ``recipe.stage1.task_weight`` is 0.
         recipe: every setting.
         state: what ``save`` was given in an interrupted run with the same inputs, to go on from there; or None.
         save: called with the state every ``recipe.stage1.checkpoint_seconds``, on an interruption, and at the end.
 
     Raises:
-        GateError: the loss became NaN or infinite.
+        GateError: the loss or a gradient became NaN or infinite.
     """
     settings = recipe.stage1
-    optimizer = _optimizer(student, recipe)
-    step, directions = 0, None
-    if state is not None:
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, directions = state["step"], state["directions"]
-    if directions is None and settings.alpha > 0:
-        directions = fit_pca(teacher, images, recipe.calibration.images, settings.pca_variance, recipe.seed)
-
-    def snapshot() -> dict[str, Any]:
-        return {
-            "student": student.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-            "directions": directions,
-        }
-
+    directions: Tensor | None = None
+    if settings.alpha > 0:
+        if state is not None:
+            directions = state["directions"].to(device_of(student))
+        else:
+            count, variance = recipe.calibration.images, settings.pca_variance
+            directions = fit_pca(teacher, images, count, variance, recipe.seed, settings.pca_dimensions)
     order = _order(len(images), recipe)
-    steps, batch_size = len(order) // settings.batch_size, settings.batch_size
-    remaining = order[step * batch_size : steps * batch_size]
+    micro_batch = micro_batch_size(recipe)
+
+    def micro_batches(step: int) -> Iterable[Any]:
+        ours = _ours(order[step * settings.batch_size :], micro_batch)
+        return batches(images, micro_batch, ours, never_empty=True)
+
+    with Features(student) as features, Features(teacher) as targets:
+        optimise(
+            student,
+            distillation(teacher, features, targets, directions, settings),
+            micro_batches,
+            len(order) // settings.batch_size,
+            recipe,
+            state,
+            lambda content: save({**content, "directions": directions}),
+        )
+
+
+def distillation(
+    teacher: nn.Module, features: Features, targets: Features, directions: Tensor | None, settings: Stage1
+) -> Loss:
+    """The objective of :func:`train` on batches (images, labels).
+
+    ``features``, ``targets``: of the student and of the teacher; ``directions``: [D, k], see :func:`gplq.pca.fit_pca`;
+    None for no PCA loss.
+    """
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        inputs, labels = batch
+        if directions is not None:  # first, while the student's activations do not take memory yet
+            dtype = AUTOCAST[settings.teacher_precision or settings.precision]
+            # Each weight is used once, so that keeping its conversion to the lower precision would only cost memory.
+            low = torch.autocast(inputs.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+            with torch.no_grad(), low:
+                teacher(inputs)
+        logits = model(inputs)
+        terms = {}
+        if settings.task_weight > 0:
+            terms["task"] = settings.task_weight * F.cross_entropy(logits.float(), labels)
+        if directions is not None:
+            terms["pca"] = settings.alpha * pca_loss(features.value, targets.value, directions)
+        return terms
+
+    return loss
+
+
+def optimise(
+    student: nn.Module,
+    loss: Loss,
+    micro_batches: MicroBatches,
+    steps: int,
+    recipe: Recipe,
+    state: dict[str, Any] | None,
+    save: SaveState,
+) -> None:
+    """Train a converted and calibrated model for any task, in place; see :func:`train`, which is built on it.
+
+    Args:
+        student: the converted model, in the mode (training, evaluation) that the loss wants.
+        loss: the objective.
+        micro_batches: the data. It must return the same batches in the same order at each call.
+        steps: of the optimiser.
+        recipe: every setting.
+        state: see :func:`train`.
+        save: see :func:`train`.
+
+    Raises:
+        GateError: the loss or a gradient became NaN or infinite. The step is not taken; what was saved before stays.
+    """
+    settings = recipe.stage1
+    trainer = Trainer(student, loss, recipe)
+    if state is not None:
+        trainer.load(state)
     last_save = time.monotonic()
-    with progress(steps * batch_size, "Stage 1: Act-QAT", "image", initial=step * batch_size) as bar:
+    with (
+        trainer,
+        progress(steps * settings.batch_size, "Stage 1: Act-QAT", "image", trainer.step * settings.batch_size) as bar,
+    ):
         try:
-            for inputs, labels in batches(images, batch_size, remaining):
+            remaining = iter(micro_batches(trainer.step))
+            while trainer.step < steps:
+                parts = list(itertools.islice(remaining, settings.accumulate))
                 with _whole_step():
-                    loss, mimicry = _step(student, teacher, optimizer, inputs, labels, directions, settings.alpha)
-                    step += 1
-                if not torch.isfinite(torch.tensor(loss)):
-                    raise GateError(f"Stage 1: the loss is {loss} at step {step}. Lower stage1.lr or stage1.scale_lr.")
-                bar.set_postfix(
-                    loss=f"{loss:.3f}", pca=f"{mimicry:.3f}", lr=f"{settings.learning_rate():.1e}", refresh=False
-                )
-                bar.update(len(labels))
+                    terms = trainer.advance(parts)
+                shown = {name: f"{value:.3f}" for name, value in terms.items()}
+                bar.set_postfix({**shown, "lr": f"{settings.learning_rate():.1e}"}, refresh=False)
+                bar.update(settings.batch_size)
                 if time.monotonic() - last_save > settings.checkpoint_seconds:
-                    save(snapshot())
+                    save(trainer.state())
                     last_save = time.monotonic()
         except KeyboardInterrupt:
-            save(snapshot())
+            save(trainer.state())
             raise
-    save(snapshot())
+    save(trainer.state())
+
+
+class _Objective(nn.Module):
+    """The loss as the module that DDP wraps, so that gradients are averaged whatever the loss calls on the model."""
+
+    def __init__(self, student: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        result = self.loss(self.student, batch)
+        return {"loss": result} if isinstance(result, Tensor) else dict(result)
+
+
+class Trainer:
+    """The student with its optimiser: what one step is, and what makes it resumable. A context manager."""
+
+    def __init__(self, student: nn.Module, loss: Loss, recipe: Recipe) -> None:
+        self.student, self.settings, self.seed = student, recipe.stage1, recipe.seed
+        self.device = device_of(student)
+        self.step = 0
+        self.frozen: list[nn.Parameter] = []
+        self.quantizers = list(activation_quantizers(student).values())
+        self.optimizer = self._optimizer()
+        self.dtype = AUTOCAST[self.settings.precision]
+        if "fp16" in (self.settings.precision, self.settings.teacher_precision) and self.device.type != "cuda":
+            raise ConfigError("stage1.precision fp16 needs a CUDA GPU. Use bf16 or fp32.")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self._checkpointing(self.settings.gradient_checkpointing)
+        self.objective: nn.Module = _Objective(student, loss)
+        if processes().num_processes > 1:
+            index = None if self.device.type == "cpu" else [self.device]
+            # Not every parameter is part of every loss: a mask token, or the classifier without labels.
+            self.objective = DistributedDataParallel(self.objective, device_ids=index, find_unused_parameters=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._checkpointing(False)
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _checkpointing(self, enable: bool) -> None:
+        switch = getattr(self.student, "set_grad_checkpointing", None)
+        if switch is not None:
+            switch(enable)
+        elif enable:
+            name = type(self.student).__name__
+            raise ModelError(f"{name} has no gradient checkpointing: set stage1.gradient_checkpointing to false.")
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        settings = self.settings
+        scales = [quantizer.raw_scale for quantizer in self.quantizers]
+        ids = {id(parameter) for parameter in scales}
+        weights = [p for p in self.student.parameters() if p.requires_grad and id(p) not in ids]
+        if not settings.train_weights:
+            self.frozen = weights
+            for parameter in weights:
+                parameter.requires_grad_(False)
+        groups: list[dict[str, Any]] = [{"params": scales, "lr": settings.scale_lr, "weight_decay": 0.0}]
+        if settings.train_weights:
+            groups.append({"params": weights, "lr": settings.learning_rate(), "weight_decay": settings.weight_decay})
+        return torch.optim.AdamW(groups)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the steps to come depend on; the tensors are the live ones."""
+        return {
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+
+    def advance(self, parts: Sequence[Any]) -> dict[str, float]:
+        """One optimiser step on some micro-batches; returns the terms of the loss before it, means over all images.
+
+        Raises:
+            GateError: see :func:`optimise`.
+        """
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda):
+            # A loss that draws random numbers (dropout, sampled boxes) draws the same ones after an interruption.
+            torch.manual_seed(1_000_003 * self.seed + self.step)
+            return self._advance([send_to_device(part, self.device) for part in parts])
+
+    def _advance(self, parts: Sequence[Any]) -> dict[str, float]:
+        sums: dict[str, Tensor] = {}
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            with contextlib.ExitStack() as stack:
+                if not last and isinstance(self.objective, DistributedDataParallel):
+                    stack.enter_context(self.objective.no_sync())
+                terms = self._terms(self.objective, part)
+                share = torch.stack(list(terms.values())).sum() / len(parts)
+                self.scaler.scale(share).backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.detach() / len(parts)
+        means = total(torch.stack(list(sums.values()))) / processes().num_processes
+        if not bool(torch.isfinite(means).all()) or not self._gradients_are_finite():
+            self._diverged(parts, means)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        for quantizer in self.quantizers:
+            quantizer.guard()
+        self.step += 1
+        return dict(zip(sums, means.tolist(), strict=True))
+
+    def _terms(self, objective: nn.Module, part: Any) -> dict[str, Tensor]:
+        recompute = contextlib.nullcontext() if self.settings.gradient_checkpointing else recompute_quantized()
+        with recompute, torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            terms: dict[str, Tensor] = objective(part)
+            return terms
+
+    def _gradients_are_finite(self) -> bool:
+        if self.scaler.is_enabled():  # it skips such a step by itself, and lowers its factor
+            return True
+        gradients = [parameter.grad for parameter in self.student.parameters() if parameter.grad is not None]
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+
+    def _diverged(self, parts: Sequence[Any], means: Tensor) -> None:
+        where = next((name for part in parts if (name := self._first_bad_layer(part)) is not None), None)
+        finite = bool(torch.isfinite(means).all())
+        what = "a gradient is not finite" if finite else f"the loss is {means.sum().item()}"
+        layer = "every layer's output is finite" if where is None else f"first in layer '{where}'"
+        raise GateError(
+            f"Stage 1: {what} at step {self.step + 1} ({layer}); that step was not taken. Lower stage1.lr or "
+            "stage1.scale_lr, or use stage1.precision fp32."
+        )
+
+    @torch.no_grad()
+    def _first_bad_layer(self, part: Any) -> str | None:
+        """The first layer whose output is not finite on a micro-batch, by running it once more."""
+        found: list[str] = []
+
+        def look(name: str, output: Any) -> None:
+            if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                found.append(name)
+
+        handles = [
+            module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+            for name, module in self.student.named_modules()
+            if next(module.children(), None) is None
+        ]
+        objective = self.objective.module if isinstance(self.objective, DistributedDataParallel) else self.objective
+        self._terms(objective, part)
+        for handle in handles:
+            handle.remove()
+        return found[0] if found else None
 
 
 @contextlib.contextmanager
@@ -106,51 +339,39 @@ def _whole_step() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _order(total: int, recipe: Recipe) -> list[int]:
+def micro_batch_size(recipe: Recipe) -> int:
+    """Images that a process computes at a time.
+
+    Raises:
+        ConfigError: the batch cannot be divided evenly.
+    """
+    settings, count = recipe.stage1, int(processes().num_processes)
+    if settings.batch_size % (settings.accumulate * count):
+        raise ConfigError(
+            f"stage1.batch_size {settings.batch_size} is not divisible by {count} processes times "
+            f"stage1.accumulate {settings.accumulate}."
+        )
+    return settings.batch_size // (settings.accumulate * count)
+
+
+def _ours(order: list[int], micro_batch: int) -> list[int]:
+    """The images of this process: of each micro-batch of all processes together, its part."""
+    rank, together = processes().process_index, micro_batch * processes().num_processes
+    return [
+        index
+        for start in range(0, len(order), together)
+        for index in order[start + rank * micro_batch : start + (rank + 1) * micro_batch]
+    ]
+
+
+def _order(images: int, recipe: Recipe) -> list[int]:
     """The images of the whole training, in order. Drawn in one go, so that a resumed run sees the same ones."""
     settings = recipe.stage1
-    count = min(total, settings.max_images or total)
+    count = min(images, settings.max_images or images)
     # An epoch's incomplete last batch is dropped, unless the set is smaller than one batch.
     count = max(count // settings.batch_size, 1) * settings.batch_size
     order: list[int] = []
     for epoch in range(settings.epochs):
-        drawn = draw(total, count, recipe.seed + 1 + epoch)
+        drawn = draw(images, count, recipe.seed + 1 + epoch)
         order += (drawn * (count // len(drawn) + 1))[:count]
     return order
-
-
-def _optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    scales = [quantizer.log_scale for quantizer in activation_quantizers(student).values()]
-    ids = {id(parameter) for parameter in scales}
-    weights = [parameter for parameter in student.parameters() if id(parameter) not in ids]
-    settings = recipe.stage1
-    return torch.optim.AdamW(
-        [
-            {"params": weights, "lr": settings.learning_rate(), "weight_decay": settings.weight_decay},
-            {"params": scales, "lr": settings.scale_lr, "weight_decay": 0.0},
-        ]
-    )
-
-
-def _step(
-    student: nn.Module,
-    teacher: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    inputs: torch.Tensor,
-    labels: torch.Tensor,
-    directions: torch.Tensor | None,
-    alpha: float,
-) -> tuple[float, float]:
-    """One step of training; returns the total loss and the PCA loss before it."""
-    features = penultimate(student, inputs)
-    loss = F.cross_entropy(classify(student, features), labels)
-    mimicry = loss.new_zeros(())
-    if directions is not None:
-        with torch.no_grad():
-            target = penultimate(teacher, inputs)
-        mimicry = pca_loss(features, target, directions)
-        loss = loss + alpha * mimicry
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.item(), mimicry.item()

@@ -1,199 +1,346 @@
 """Stage 2: weights to 4 bits without training.
 
 Block after block, linear after linear, each on the inputs that it will really get, quantised and coming out of the
-layers that are already quantised. Per linear: fold the activation scales (:mod:`gplq.fold`), choose one scale an
-output channel, round. Rounding is either to nearest, or second-order (Frantar et al., GPTQ, 2023): columns are rounded
-one after the other and each column's error is undone as far as possible by the columns that follow, which minimises
-|| (W - W_q) X ||^2 for the inputs X at no cost at run time.
+layers that are already quantised. Per linear: fold the activation scales (:mod:`gplq.fold`), correct, choose one scale
+an output channel and round (:mod:`gplq.rounding`). What is lost can be compensated in three ways, next to
+second-order rounding itself; the first two cost nothing at run time:
+
+    ridge      a regression of what the linear's output lacks, compared with the Stage 1 model's, on its inputs
+               (Zhong et al., ERQ, 2024); added to the weight before it is rounded
+    adaround   the codes of a block learned by gradient (:mod:`gplq.adaround`)
+    qwt        a linear layer beside the block (:mod:`gplq.compensate`)
+
+Each is fitted on four fifths of the calibration images, judged on the others, and dropped where it does not help.
 """
 
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gplq.adaround import learn_codes
+from gplq.compensate import attach_compensation, to_half, why_not
+from gplq.convert import units
 from gplq.data import ImageSet, batches, draw
-from gplq.fold import fold_channels, norm_before, readers
-from gplq.grid import code_limits, quantize, round_scale
-from gplq.integer import FrozenQuantizer, IntegerLinear, quantize_rows
-from gplq.layers import QuantAttention, QuantLinear, QuantPatchConv, blocks, is_edge
-from gplq.lsq import ActivationQuantizer, best_scale
-from gplq.ops import Codes
+from gplq.fold import fold_channels, foldable_norms, readers
+from gplq.grid import code_limits, round_scale
+from gplq.integer import FrozenQuantizer, IntegerConv, IntegerLinear, integer_layer, quantize_rows
+from gplq.layers import QuantMatMul
+from gplq.lsq import ActivationQuantizer
+from gplq.moments import Moments, ridge_regression
 from gplq.progress import progress
 from gplq.recipe import Recipe
+from gplq.rounding import round_weight
+from gplq.stream import Call, Stream, execution_order, first_tensor, input_rows
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """One attempt at making up for what rounding loses.
+
+    Attributes:
+        method: "ridge", "adaround" or "qwt".
+        where: name of the linear (ridge) or block.
+        r2: share of the output's squared error, on images that were not fitted, that it removes; negative if it adds
+            some, None if it could not be tried.
+        kept: whether it is part of the result.
+        added_bytes: what it adds to the model, in FP16.
+        note: why it could not be tried.
+    """
+
+    method: str
+    where: str
+    r2: float | None
+    kept: bool
+    added_bytes: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What Stage 2 did to one block.
+
+    Attributes:
+        name: of the block.
+        error: squared error of its output by its squared size, against the model before Stage 2 and with whatever the
+            blocks before have added, on images that were not fitted.
+        compensations: in the order in which they were tried.
+    """
+
+    name: str
+    error: float
+    compensations: tuple[Compensation, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "compensations": [asdict(entry) for entry in self.compensations]}
+
+    def __str__(self) -> str:
+        parts = [f"{self.name}: relative output error {self.error:.2%}"]
+        for method in dict.fromkeys(entry.method for entry in self.compensations):
+            entries = [entry for entry in self.compensations if entry.method == method]
+            shares = [entry.r2 for entry in entries if entry.r2 is not None]
+            kept = sum(entry.kept for entry in entries)
+            mean = f", R² {sum(shares) / len(shares):.3f}" if shares else f", {entries[0].note}"
+            parts.append(f"{method} kept {kept} of {len(entries)}{mean}")
+        return "; ".join(parts)
 
 
 @torch.no_grad()
-def quantize_weights(model: nn.Module, images: ImageSet, recipe: Recipe, batch_size: int = 64) -> None:
-    """Freeze a trained model in place: every quantiser and weight becomes integer."""
-    quantizer = _WeightQuantizer(recipe)
-    edges = [(name, module) for name, module in _layers(model) if is_edge(name)]
-    for name, layer in edges:
-        quantizer.freeze_edge(name, layer)
-    stream = _BlockInputs(model, images, recipe, batch_size)
-    named = blocks(model)
-    with progress(len(named), "Stage 2: weights", "block") as bar:
-        for block_name, block in named:
-            layers = [(name, layer) for name, layer in _layers(model) if name.startswith(f"{block_name}.")]
-            for name, layer in layers:
-                norm = norm_before(block, name.removeprefix(f"{block_name}."))
-                quantizer.freeze(name, layer, norm, block, stream)
-            stream.advance(block)
+def quantize_weights(model: nn.Module, images: ImageSet, recipe: Recipe, batch_size: int = 64) -> list[BlockReport]:
+    """Freeze a trained model in place: every quantiser and weight becomes integer.
+
+    Memory: a second copy of the model, and the inputs of one block of each for all calibration images.
+
+    Returns:
+        One report for each block.
+    """
+    work = _Stage2(model, images, recipe, batch_size)
+    reports = []
+    with progress(len(work.stream.steps), "Stage 2: weights", "block") as bar:
+        for step in work.stream.steps:
+            reports.append(work.freeze_step(step))
             bar.update()
+    return reports
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers that own weights, in the order in which they run (the order of definition, in timm's ViTs)."""
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, QuantAttention | QuantLinear | QuantPatchConv):
-            found.append((name, module))
-    return found
+def _unfrozen_layers(model: nn.Module) -> list[str]:
+    """The layers that own weights and a quantiser of their input."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "input_quantizer", None), ActivationQuantizer)
+    ]
 
 
-class _BlockInputs:
-    """The inputs of the current block, for the calibration images, as the quantised model computes them."""
+class _Stage2:
+    """Two models walked through side by side: the one that is frozen, and a copy of it from before."""
 
     def __init__(self, model: nn.Module, images: ImageSet, recipe: Recipe, batch_size: int) -> None:
-        self.batches: list[Tensor] = []
-        first = blocks(model)[0][1]
+        self.model, self.recipe, self.settings = model, recipe, recipe.stage2
+        reference = copy.deepcopy(model)
+        layers = _unfrozen_layers(model)
+        self.norms = foldable_norms(model)
+        inside = tuple(f"{name}." for name, _ in units(model))
+        inner = [name for name in layers if f"{name}.".startswith(inside)]
+        for name in layers:
+            if name not in inner:
+                self._freeze_edge(name)
+        device = next(model.parameters()).device
+        chosen = draw(len(images), self.settings.images, recipe.seed)
+        # At least five batches, if there are as many images: the last fifth of them judges.
+        batch_size = max(1, min(batch_size, len(chosen) // 5))
 
-        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.batches.append(args[0])
-            raise _EnoughError
+        def load() -> Iterator[Tensor]:
+            return (inputs.to(device) for inputs, _ in batches(images, batch_size, chosen))
 
-        handle = first.register_forward_pre_hook(keep)
-        for inputs, _ in batches(images, batch_size, draw(len(images), recipe.stage2.images, recipe.seed)):
-            try:
-                model(inputs)
-            except _EnoughError:
-                continue
-        handle.remove()
+        self.stream = Stream(model, [name for name, _ in units(model)], load)
+        self.reference = Stream(reference, self.stream.steps, load)
+        self.layers = execution_order(model, inner, next(load())[:1])
 
-    def advance(self, block: nn.Module) -> None:
-        self.batches = [block(x) for x in self.batches]
+    def freeze_step(self, step: str) -> BlockReport:
+        """Freeze the layers of a step, one after the other, then the step as a whole; go on to the next one."""
+        tried: list[Compensation] = []
+        weights: dict[str, Tensor] = {}
+        for name in self.layers:
+            if name == step or name.startswith(f"{step}."):
+                tried += self._freeze_layer(name, weights)
+        self._freeze_products(step)
+        if self.settings.rounding == "adaround":
+            tried.append(self._learn_rounding(step, weights))
+        if self.settings.compensation == "qwt":
+            tried.append(self._compensate(step))
+        report = BlockReport(step, self._relative_error(), tuple(tried))
+        self.stream.advance()
+        self.reference.advance()
+        return report
 
-    def second_moment(self, block: nn.Module, linear: nn.Module) -> Tensor:
-        """X X^T / rows of a linear's quantised inputs while ``block`` runs, FP64 -> [K, K]."""
-        moment = torch.zeros(())
-        rows = 0
+    def _split(self, calls: list[Call]) -> tuple[list[Call], list[Call]]:
+        """Calls to fit on and calls to judge by; the same ones, if there is only one."""
+        judged = max(1, len(calls) // 5)
+        return calls[:-judged] or calls, calls[-judged:]
 
-        def collect(_: nn.Module, args: tuple[Tensor | Codes]) -> None:
-            nonlocal moment, rows
-            x = args[0].values * args[0].scale if isinstance(args[0], Codes) else args[0]
-            x = x.reshape(-1, x.shape[-1])
-            moment = moment + (x.T @ x).double()
-            rows += len(x)
-            raise _EnoughError
+    def _pairs(self, judge: bool) -> list[tuple[Call, Call]]:
+        """Calls of the current step in both models, for the same images."""
+        return list(zip(*(self._split(stream.calls)[judge] for stream in (self.stream, self.reference)), strict=True))
 
-        handle = linear.register_forward_pre_hook(collect)
-        for x in self.batches:
-            try:
-                block(x)
-            except _EnoughError:
-                continue
-        handle.remove()
-        return moment / rows
-
-
-class _EnoughError(Exception):
-    """Ends a forward pass early: what was wanted of it has been seen."""
-
-
-class _WeightQuantizer:
-    """Freezes one layer after the other as a recipe wants it."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.settings = recipe.stage2
-
-    def freeze(
-        self, name: str, layer: nn.Module, norm: nn.Module | None, block: nn.Module, stream: _BlockInputs
-    ) -> None:
-        """Fold, then freeze a layer inside a block: its quantisers first, then its linears."""
+    def _freeze_layer(self, name: str, weights: dict[str, Tensor]) -> list[Compensation]:
+        """Fold, then freeze a layer: its quantisers first, then its linears, whose float weights go to ``weights``."""
+        layer = self.model.get_submodule(name)
         linears = readers(layer)
-        self._freeze_input(name, layer, linears, norm)
-        # The linears of one layer read the same input, so one matrix serves all of them.
-        moment = stream.second_moment(block, linears[0])
-        names = {id(module): child for child, module in layer.named_children()}
-        for linear in linears:
-            child = names[id(linear)]
-            setattr(layer, child, self._round(linear, moment, f"{name}.{child}"))
-        if isinstance(layer, QuantAttention):
-            for matmul in ("qk", "pv"):
-                for operand in ("a_quantizer", "b_quantizer"):
-                    holder = getattr(layer, matmul)
-                    self._freeze_quantizer(holder, operand, f"{name}.{matmul}.{operand}", None)
+        self._freeze_input(name, layer, linears, self.norms.get(name))
+        children = {id(module): f"{name}.{child}" for child, module in layer.named_modules()}
+        names = [children[id(linear)] for linear in linears]
+        # The linears of one layer read the same input, so one pass serves all of them.
+        fitted, judged = self._moments(names, judge=False), self._moments(names, judge=True)
+        tried: list[Compensation] = []
+        start = 0
+        for child, linear in zip(names, linears, strict=True):
+            part = slice(start, start + len(linear.weight))
+            start = part.stop
+            weights[child] = _matrix(linear).clone()
+            frozen, attempt = self._round(child, linear, fitted, judged, part)
+            tried += [] if attempt is None else [attempt]
+            self.model.set_submodule(child, frozen)
+        return tried
 
-    def freeze_edge(self, name: str, layer: nn.Module) -> None:
+    def _freeze_products(self, step: str) -> None:
+        for name, product in self.model.get_submodule(step).named_modules(prefix=step):
+            if isinstance(product, QuantMatMul):
+                for operand in ("a_quantizer", "b_quantizer"):
+                    quantizer: Any = getattr(product, operand)
+                    scale = quantizer.scale.detach()
+                    setattr(product, operand, self._frozen(quantizer, scale, None, f"{name}.{operand}"))
+
+    def _moments(self, names: list[str], judge: bool) -> Moments:
+        """Of the shared input of some linears, and of what their outputs lack if that is wanted."""
+        linears = [self.model.get_submodule(name) for name in names]
+        wanted = [self.reference.model.get_submodule(name) for name in names]
+        moments = Moments()
+        for call, reference in self._pairs(judge):
+            x = input_rows(self.stream.module, linears[0], call)
+            if self.settings.compensation == "ridge":
+                x_wanted = input_rows(self.reference.module, wanted[0], reference)
+                lack = [
+                    _applied(there, x_wanted) - _applied(here, x) for here, there in zip(linears, wanted, strict=True)
+                ]
+                moments.add(x, torch.cat(lack, 1))
+            else:
+                moments.add(x)
+        return moments
+
+    def _round(
+        self, name: str, linear: nn.Linear, fitted: Moments, judged: Moments, part: slice
+    ) -> tuple[IntegerLinear, Compensation | None]:
+        plain = self._rounded(name, linear, _matrix(linear), linear.bias, fitted)
+        if self.settings.compensation != "ridge":
+            return plain, None
+        fitted, judged = fitted.outputs(part), judged.outputs(part)
+        correction = ridge_regression(fitted, self.settings.ridge, bias=linear.bias is not None).to(linear.weight.dtype)
+        bias = None if linear.bias is None else linear.bias + correction[:, -1]
+        corrected = self._rounded(name, linear, _matrix(linear) + correction[:, :-1], bias, fitted)
+        before, after = (judged.error(_change(linear, result)) for result in (plain, corrected))
+        kept = after < before
+        attempt = Compensation("ridge", name, 1 - after / before if before > 0 else 0.0, kept)
+        return (corrected if kept else plain), attempt
+
+    def _rounded(
+        self, name: str, linear: nn.Module, weight: Tensor, bias: Tensor | None, moments: Moments
+    ) -> IntegerLinear:
+        """``linear`` with codes for ``weight`` [N, K]; the bias absorbs the mean of the error."""
+        correct = self.settings.bias_correction and bias is not None
+        codes, scale = round_weight(weight, moments.inputs(centred=correct), self.recipe)
+        if correct and bias is not None:
+            lost = weight.double() - codes * scale[:, None].double()
+            bias = bias + (lost @ moments.xx[:-1, -1]).to(bias.dtype)
+        bias = None if bias is None else bias.detach().clone()
+        shaped = codes.reshape(linear.weight.shape)  # type: ignore[arg-type]
+        return integer_layer(linear, shaped, scale, bias, self.recipe.weight_bits, name)
+
+    def _learn_rounding(self, step: str, weights: dict[str, Tensor]) -> Compensation:
+        module, settings = self.stream.module, self.settings.adaround
+        calls = [call for call, _ in self._pairs(judge=False)]
+        # From the same input, as for the compensation beside a block: what the blocks before have lost is noise here.
+        targets = [first_tensor(call.run(self.reference.module)) for call in calls]
+        inner = {
+            name.removeprefix(step).removeprefix("."): weight
+            for name, weight in weights.items()
+            if not isinstance(self.model.get_submodule(name), IntegerConv)  # they keep their codes
+        }
+        with progress(settings.iterations, f"Rounding of {step}", "step") as bar:
+            learned = learn_codes(module, inner, calls, targets, settings, self.recipe.seed, bar.update)
+        linears: dict[str, Any] = {name: module.get_submodule(name) for name in learned}
+        before_codes = {name: linear.codes for name, linear in linears.items()}
+        before = self._own_error(module)
+        for name, codes in learned.items():
+            linears[name].codes = codes
+        after = self._own_error(module)
+        kept = after < before
+        if not kept:
+            for name, codes in before_codes.items():
+                linears[name].codes = codes
+        return Compensation("adaround", step, 1 - after / before if before > 0 else 0.0, kept)
+
+    def _compensate(self, step: str) -> Compensation:
+        block, block_before = self.stream.module, self.reference.module
+        first = self.stream.calls[0]
+        note = why_not(block, first.args[0], first.run(block))
+        if note is not None:
+            return Compensation("qwt", step, None, kept=False, note=note)
+        fitted, judged = Moments(), Moments()
+        for moments, judge in ((fitted, False), (judged, True)):
+            for call, _ in self._pairs(judge):
+                # Both from the same input: what this block loses, not what those before have lost.
+                lack = call.run(block_before) - call.run(block)
+                moments.add(call.args[0].flatten(0, -2), lack.flatten(0, -2))
+        correction = to_half(ridge_regression(fitted, self.settings.ridge, bias=True))
+        before, after = judged.error(), judged.error(correction)
+        kept = after < before
+        if kept:
+            attach_compensation(block, correction[:, :-1].contiguous(), correction[:, -1].clone())
+        r2 = 1 - after / before if before > 0 else 0.0
+        return Compensation("qwt", step, r2, kept, added_bytes=2 * correction.numel() if kept else 0)
+
+    def _own_error(self, module: nn.Module) -> float:
+        """Squared error of a step's output against the other model's, both from this model's input; images to judge."""
+        return sum(
+            float((first_tensor(call.run(module)) - first_tensor(call.run(self.reference.module))).square().sum())
+            for call, _ in self._pairs(judge=True)
+        )
+
+    def _relative_error(self) -> float:
+        """As ``_own_error``, but each model with its own input, and by the squared size of the output."""
+        error = size = 0.0
+        for call, reference in self._pairs(judge=True):
+            wanted = first_tensor(reference.run(self.reference.module))
+            error += float((first_tensor(call.run(self.stream.module)) - wanted).square().sum())
+            size += float(wanted.square().sum())
+        return error / max(size, 1e-30)
+
+    def _freeze_edge(self, name: str) -> None:
         """First and last layer: more bits, rounded to nearest."""
+        layer = self.model.get_submodule(name)
         self._freeze_input(name, layer, readers(layer), None)
         linear = readers(layer)[0]
-        bits = self.recipe.first_last_bits
-        scale = round_scale(linear.weight.abs().amax(1) / code_limits(bits, signed=True)[1], self.recipe.scale_grid)
-        codes = quantize_rows(linear.weight, scale, bits)
-        layer.linear = IntegerLinear(codes, scale, _data(linear.bias), bits, f"{name}.linear")
+        bits, weight = self.recipe.first_last_bits, _matrix(linear)
+        scale = round_scale(weight.abs().amax(1) / code_limits(bits, signed=True)[1], self.recipe.scale_grid)
+        codes = quantize_rows(weight, scale, bits).reshape(linear.weight.shape)
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        layer.linear = integer_layer(linear, codes, scale, bias, bits, f"{name}.linear")
 
     def _freeze_input(self, name: str, layer: nn.Module, linears: list[nn.Linear], norm: nn.Module | None) -> None:
         quantizer = layer.input_quantizer
         assert isinstance(quantizer, ActivationQuantizer)
-        factor = None
+        factor, scale = None, quantizer.scale.detach()
         if quantizer.per_channel:
-            factor = fold_channels(quantizer.scale, linears, norm)
-            quantizer.log_scale = nn.Parameter(torch.zeros(()))
-        self._freeze_quantizer(layer, "input_quantizer", f"{name}.input_quantizer", factor)
+            factor, scale = fold_channels(scale, linears, norm), torch.ones_like(scale[0])
+        layer.input_quantizer = self._frozen(quantizer, scale, factor, f"{name}.input_quantizer")
 
-    def _freeze_quantizer(self, holder: nn.Module, child: str, name: str, factor: Tensor | None) -> None:
-        quantizer = getattr(holder, child)
-        scale = round_scale(quantizer.scale.detach(), self.recipe.scale_grid)
-        frozen = FrozenQuantizer(scale, factor, quantizer.bits, quantizer.signed, name)
-        setattr(holder, child, frozen)
-
-    def _round(self, linear: nn.Linear, moment: Tensor, name: str) -> IntegerLinear:
-        bits = self.recipe.weight_bits
-        scale = self._weight_scale(linear.weight, moment)
-        if self.settings.rounding == "gptq":
-            codes = gptq_codes(linear.weight, scale, moment, bits, self.settings.damping)
-        else:
-            codes = quantize_rows(linear.weight, scale, bits)
-        return IntegerLinear(codes, scale, _data(linear.bias), bits, name)
-
-    def _weight_scale(self, weight: Tensor, moment: Tensor) -> Tensor:
-        """One scale an output channel [N]; the same for all channels if the recipe wants one a tensor."""
-        bits = self.recipe.weight_bits
-        rows = weight if self.settings.granularity == "per_channel" else weight.reshape(1, -1)
-        columns = rows.T  # best_scale chooses one scale a column
-        importance = moment.diagonal().float().repeat(columns.shape[0] // len(moment))[:, None]
-        if self.settings.range == "percentile":
-            largest = torch.quantile(columns.abs(), 1 - self.settings.percentile / 100, dim=0)
-        else:
-            largest = columns.abs().amax(0)
-        scale = (largest / code_limits(bits, signed=True)[1]).clamp_min(1e-8)
-        if self.settings.range == "mse":
-            scale = best_scale(columns, scale, bits, signed=True, weight=importance)
-        return round_scale(scale, self.recipe.scale_grid).expand(len(weight)).clone()
+    def _frozen(
+        self, quantizer: ActivationQuantizer, scale: Tensor, factor: Tensor | None, name: str
+    ) -> FrozenQuantizer:
+        rounded = round_scale(scale, self.recipe.scale_grid)
+        return FrozenQuantizer(rounded, factor, quantizer.bits, bool(quantizer.signed), name)
 
 
-def _data(bias: nn.Parameter | None) -> Tensor | None:
-    return None if bias is None else bias.detach().clone()
+def _matrix(linear: Any) -> Tensor:
+    """The weight [N, K]; of a convolution with K = C * kh * kw."""
+    weight: Tensor = linear.weight
+    return weight.detach().flatten(1)
 
 
-def gptq_codes(weight: Tensor, scale: Tensor, moment: Tensor, bits: int, damping: float) -> Tensor:
-    """Second-order rounding of a weight [N, K] for inputs of second moment [K, K]; int8 codes [N, K].
+def _applied(linear: Any, rows: Tensor) -> Tensor:
+    return F.linear(rows, _matrix(linear), linear.bias)
 
-    Columns are taken by falling importance. ``damping`` is the share of the mean diagonal that is added to the
-    diagonal, for inputs of low rank.
-    """
-    hessian = moment.double().clone()
-    diagonal = hessian.diagonal()
-    diagonal += damping * diagonal.mean().clamp_min(1e-12)
-    order = diagonal.argsort(descending=True)
-    hessian = hessian[order][:, order]
-    # Row k of the upper Cholesky factor of the inverse tells how column k's error is undone by the later columns.
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
-    remaining = weight.detach()[:, order].clone()
-    codes = torch.empty_like(remaining)
-    for k in range(remaining.shape[1]):
-        column = remaining[:, k]
-        codes[:, k] = quantize(column, scale, bits, signed=True)
-        error = (column - codes[:, k] * scale) / factor[k, k]
-        remaining[:, k + 1 :] -= torch.outer(error, factor[k, k + 1 :])
-    return codes[:, order.argsort()].to(torch.int8)
+
+def _change(linear: nn.Linear, result: IntegerLinear) -> Tensor:
+    """What freezing has added to a linear's output, as a correction [N, K + 1] of [x, 1]."""
+    weight = result.codes.flatten(1) * result.weight_scale[:, None].double() - _matrix(linear).double()
+    bias = torch.zeros_like(weight[:, 0])
+    if linear.bias is not None and result.bias is not None:
+        bias = result.bias.double() - linear.bias.double()
+    return torch.cat([weight, bias[:, None]], 1)

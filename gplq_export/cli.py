@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--trt", action="store_true", help="build engines with TensorRT or TensorRT-RTX")
-    parser.add_argument("--data", type=Path, help="test images (npz or folder) to check ONNX against PyTorch with")
+    parser.add_argument("--data", help="test images to check ONNX against PyTorch with; see 'gplq eval --help'")
     parser.add_argument("--images", type=positive, help="use so many of them (default: all)")
     parser.add_argument("--batch-min", type=positive, default=1, help="smallest batch of the engines (default: 1)")
     parser.add_argument("--batch-opt", type=positive, default=8, help="most likely batch (default: 8)")
@@ -45,15 +45,13 @@ def _parser() -> argparse.ArgumentParser:
 def _export(arguments: argparse.Namespace) -> None:
     _check_flags(arguments)
     from gplq.checkpoint import load_checkpoint
-    from gplq.data import check_labels, open_images
+    from gplq.data import open_test_images
     from gplq_export.export import export
 
     checkpoint = load_checkpoint(arguments.checkpoint)
     images = None
     if arguments.data is not None:
-        images = open_images(arguments.data, "test", checkpoint.preprocessing)
-        check_labels(images, checkpoint.spec.num_classes, checkpoint.label_names)
-        images = images.head(arguments.images)
+        images = open_test_images(arguments.data, checkpoint, arguments.images)
     else:
         print("parity: skipped, no images given (--data)")
     result = export(

@@ -1,4 +1,4 @@
-"""The ONNX dialect between PyTorch and the targets: four operators, one for each operator of :mod:`gplq.ops`.
+"""The ONNX dialect between PyTorch and the targets: five operators, one for each operator of :mod:`gplq.ops`.
 
 ``torch.export`` keeps gplq's operators whole, and the translations here write each as one ONNX node of the domain
 ``gplq``, with its name as an attribute. Nothing after this depends on how an exporter names or decomposes anything;
@@ -6,6 +6,8 @@ a target (:mod:`gplq_export.targets`) replaces every one of these nodes by stand
 
     Quantize(x [..., C], scale [], pre_scale [C]?) -> codes        name, bits, signed
     Linear(codes [..., K], scale [], weight int8 [N, K], weight_scale [N], bias [N]?) -> y     name, bits
+    Conv(codes [B, C, H, W], scale [], weight int8 [N, C, kh, kw], weight_scale [N], bias [N]?) -> y
+                                                                   name, bits, stride, padding, dilation
     MatMul(a, a_scale [], b, b_scale []) -> y                      name
     Mark(x) -> x                                                   name
 """
@@ -33,6 +35,21 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def linear(codes: Any, scale: Any, weight: Any, weight_scale: Any, bias: Any, bits: int, name: str) -> Any:
         return dialect.Linear(codes, scale, weight, weight_scale, bias, bits=bits, name=name)
 
+    def conv(
+        codes: Any,
+        scale: Any,
+        weight: Any,
+        weight_scale: Any,
+        bias: Any,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        bits: int,
+        name: str,
+    ) -> Any:
+        geometry = {"stride": list(stride), "padding": list(padding), "dilation": list(dilation)}
+        return dialect.Conv(codes, scale, weight, weight_scale, bias, bits=bits, name=name, **geometry)
+
     def matmul(a: Any, a_scale: Any, b: Any, b_scale: Any, name: str) -> Any:
         return dialect.MatMul(a, a_scale, b, b_scale, name=name)
 
@@ -43,6 +60,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
     return {
         ops.quantize.default: quantize,
         ops.linear.default: linear,
+        ops.conv.default: conv,
         ops.matmul.default: matmul,
         ops.mark.default: mark,
     }
@@ -58,22 +76,31 @@ def _register_schemas() -> None:
     def parameter(name: str, type_: str = tensor, option: Any = OpSchema.FormalParameterOption.Single) -> Any:
         return OpSchema.FormalParameter(name, type_, param_option=option)
 
-    integer, string = OpSchema.AttrType.INT, OpSchema.AttrType.STRING
+    integer, integers, string = OpSchema.AttrType.INT, OpSchema.AttrType.INTS, OpSchema.AttrType.STRING
+    weighted = [
+        parameter("codes"),
+        parameter("scale"),
+        parameter("weight", codes),
+        parameter("weight_scale"),
+        parameter("bias", option=optional),
+    ]
     inputs = {
         "Quantize": [parameter("x"), parameter("scale"), parameter("pre_scale", option=optional)],
-        "Linear": [
-            parameter("codes"),
-            parameter("scale"),
-            parameter("weight", codes),
-            parameter("weight_scale"),
-            parameter("bias", option=optional),
-        ],
+        "Linear": weighted,
+        "Conv": weighted,
         "MatMul": [parameter("a"), parameter("a_scale"), parameter("b"), parameter("b_scale")],
         "Mark": [parameter("x")],
     }
     attributes = {
         "Quantize": {"name": string, "bits": integer, "signed": integer},
         "Linear": {"name": string, "bits": integer},
+        "Conv": {
+            "name": string,
+            "bits": integer,
+            "stride": integers,
+            "padding": integers,
+            "dilation": integers,
+        },
         "MatMul": {"name": string},
         "Mark": {"name": string},
     }

@@ -1,11 +1,12 @@
 """The one lowering: replaces every dialect node by what a target wants, and finishes the model.
 
-1. Mark(x)                -> x, which takes the mark's name
+1. Mark(x)                -> x, which takes the mark's name (``gplq.marks`` in the metadata: mark -> tensor)
 2. Quantize(x, …)         -> the target's quantiser
 3. Linear(codes, …)       -> MatMul(dequantised codes, the target's weight) [-> Add(bias)]
-4. MatMul(a, …, b, …)     -> MatMul(dequantised a, dequantised b)
-5. float initialisers     -> the target's float type, with a Cast behind the input and in front of the output if FP16
-6. what nothing reads     -> removed; metadata written; the ONNX checker run in full
+4. Conv(codes, …)         -> Conv(dequantised codes, the target's weight, bias)
+5. MatMul(a, …, b, …)     -> MatMul(dequantised a, dequantised b)
+6. float initialisers     -> the target's float type, with a Cast behind the input and in front of the output if FP16
+7. what nothing reads     -> removed; metadata written; the ONNX checker run in full
 
 The result holds no node of the dialect, and each quantiser's codes under ``<quantizer>.codes``.
 """
@@ -20,8 +21,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from gplq import __version__
 from gplq.errors import BuildError
 from gplq_export.dialect import DOMAIN
-from gplq_export.targets import GraphWriter, Linear, Quantizer, Target, codes_name
-from gplq_export.trace import OUTPUT, is_dialect, node_name
+from gplq_export.targets import GraphWriter, Quantizer, Target, Weight, codes_name
+from gplq_export.trace import OUTPUT, WEIGHTED, is_dialect, node_name
 
 
 def lower(dialect: ir.Model, target: Target, metadata: dict[str, str]) -> ir.Model:
@@ -34,20 +35,24 @@ def lower(dialect: ir.Model, target: Target, metadata: dict[str, str]) -> ir.Mod
     graph = model.graph
     writer = GraphWriter(graph, target.float_type)
     # Read before anything is replaced: a float target folds a quantiser's factor into the weight behind it.
-    pre_scales = {node_name(node): _factor_before(node) for node in graph if is_dialect(node, "Linear")}
+    pre_scales = {node_name(node): _factor_before(node) for node in graph if is_dialect(node, *WEIGHTED)}
     codes: dict[str, str] = {}
+    marks: dict[str, str] = {}
     if target.float_type != ir.DataType.FLOAT:
         _change_float_type(graph, target.float_type)
     for node in [node for node in graph if is_dialect(node)]:
         writer.at(node)
         name = node_name(node)
         if node.op_type == "Mark":
-            result = _unmark(node)
+            result = _unmark(node, set(marks.values()))
+            marks[name] = str(result.name)
         elif node.op_type == "Quantize":
             result = target.quantizer(writer, _quantizer(node))
             codes[name] = codes_name(name)
         elif node.op_type == "Linear":
             result = _linear(writer, node, target, pre_scales[name])
+        elif node.op_type == "Conv":
+            result = _conv(writer, node, target)
         else:
             result = writer.node("MatMul", [node.inputs[0], node.inputs[2]], name, f"{name}.output")
         if node.outputs[0].is_graph_output():
@@ -55,13 +60,14 @@ def lower(dialect: ir.Model, target: Target, metadata: dict[str, str]) -> ir.Mod
         ir.convenience.replace_all_uses_with(node.outputs, [result], replace_graph_outputs=True)
         graph.remove(node, safe=True)
     RemoveUnusedNodesPass()(model)
-    _finish(model, target, {**metadata, "gplq.quantizers": json.dumps(codes if target.quantizes else {})})
+    mapping = {"gplq.quantizers": json.dumps(codes if target.quantizes else {}), "gplq.marks": json.dumps(marks)}
+    _finish(model, target, {**metadata, **mapping})
     return model
 
 
 def linear_nodes(dialect: ir.Model) -> list[str]:
-    """Names of the MatMul nodes that the linears become, in order."""
-    return [node_name(node) for node in dialect.graph if is_dialect(node, "Linear")]
+    """Names of the MatMul and Conv nodes that the linears and convolutions become, in order."""
+    return [node_name(node) for node in dialect.graph if is_dialect(node, *WEIGHTED)]
 
 
 def _array(value: ir.Value | None) -> np.ndarray:
@@ -98,20 +104,37 @@ def _factor_before(linear: ir.Node) -> np.ndarray | None:
 
 def _linear(writer: GraphWriter, node: ir.Node, target: Target, pre_scale: np.ndarray | None) -> ir.Value:
     name = node_name(node)
-    scale = _array(node.inputs[3]).astype(np.float32)
-    linear = Linear(name, _array(node.inputs[2]), scale, node.attributes["bits"].as_int(), pre_scale)
-    y = writer.node("MatMul", [node.inputs[0], target.weight(writer, linear)], name, f"{name}.product")
+    weight = target.weight(writer, _weight(node, pre_scale))
+    y = writer.node("MatMul", [node.inputs[0], weight], name, f"{name}.product")
     bias = _optional_array(node, 4)
     if bias is None:
         return y
     return writer.node("Add", [y, writer.floating(f"{name}.bias", bias)], f"{name}/Add", f"{name}.output")
 
 
-def _unmark(node: ir.Node) -> ir.Value:
-    """A mark's input, which takes the mark's name."""
+def _conv(writer: GraphWriter, node: ir.Node, target: Target) -> ir.Value:
+    name = node_name(node)
+    inputs = [node.inputs[0], target.weight(writer, _weight(node, None))]
+    bias = _optional_array(node, 4)
+    if bias is not None:
+        inputs.append(writer.floating(f"{name}.bias", bias))
+    stride, padding, dilation = (list(node.attributes[key].as_ints()) for key in ("stride", "padding", "dilation"))
+    return writer.node(
+        "Conv", inputs, name, f"{name}.output", strides=stride, pads=[*padding, *padding], dilations=dilation
+    )
+
+
+def _weight(node: ir.Node, pre_scale: np.ndarray | None) -> Weight:
+    scale = _array(node.inputs[3]).astype(np.float32)
+    return Weight(node_name(node), _array(node.inputs[2]), scale, node.attributes["bits"].as_int(), pre_scale)
+
+
+def _unmark(node: ir.Node, marked: set[str]) -> ir.Value:
+    """A mark's input, which takes the mark's name, unless it has one that must stay."""
     value = node.inputs[0]
     assert value is not None
-    value.name = node_name(node)
+    if not (value.name in marked or value.is_graph_input() or value.is_initializer()):
+        value.name = node_name(node)
     return value
 
 

@@ -12,7 +12,9 @@ a code, and the flip travels through all blocks. So each thing is judged where i
 Everything is streamed: memory is one batch, whatever the number of images.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,18 +27,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gplq.checkpoint import frozen_quantizers, integer_linears
+from gplq.convert import input_name, output_name, structure_of, units
 from gplq.data import ImageSet, batches
 from gplq.errors import MissingError
 from gplq.evaluate import Accuracy
 from gplq.integer import FrozenQuantizer, set_rounding
-from gplq.layers import blocks
 from gplq.progress import progress
 from gplq_export.targets import codes_name
 from gplq_export.trace import INPUT, OUTPUT
 
 BLOCK_LIMIT = 0.005  # share of a block's codes that may differ when it is fed the same input
 LINEAR_LIMIT = 1e-4  # largest difference of a linear's output from PyTorch's, relative to its largest value
-_BEFORE, _BEHIND = "patch_embed", "head"  # the parts of the network in front of the first block and behind the last
+_BEFORE, _BEHIND = "stem", "head"  # the parts of the network in front of the first unit and behind the last
 
 
 @dataclass
@@ -173,25 +175,20 @@ def compare(
     Raises:
         MissingError: ONNX Runtime is not installed.
     """
-    named = blocks(model)
-    quantizers = list(frozen_quantizers(model))
-    starts = {_BEFORE: INPUT, **{name: f"{name}.input" for name, _ in named}, _BEHIND: f"{named[-1][0]}.output"}
-    inside = _segments([name for name, _ in named], quantizers)
+    quantizers = _in_order(onnx_model, frozen_quantizers(model))
     linears = {name: _linear_output(onnx_model, name) for name in integer_linears(model)}
     sources = {name: _quantizer_input(onnx_model, name) for name in quantizers}
     taps = [codes_name(name) for name in quantizers]
+    fed = [source for source in dict.fromkeys(sources.values()) if source not in onnx_model.graph.initializers]
     free = _Session(onnx_model, [INPUT], [OUTPUT, *taps])
-    forced = _Session(onnx_model, list(dict.fromkeys(sources.values())), [*taps, *linears.values()])
-    by_block = {
-        block: _Session(onnx_model, [starts[block]], [codes_name(name) for name in names])
-        for block, names in inside.items()
-    }
+    forced = _Session(onnx_model, fed, [*taps, *linears.values()])
+    segments = _segments(onnx_model, structure_of(model).units, quantizers)
 
     report = ParityReport(forced_images=min(forced_images, len(images)))
-    for table, names in ((report.quantizers, quantizers), (report.free, quantizers), (report.blocks, inside)):
+    for table, names in ((report.quantizers, quantizers), (report.free, quantizers), (report.blocks, segments)):
         table.update({name: CodeCount() for name in names})
     report.linears = dict.fromkeys(linears, 0.0)
-    signal, noise = np.zeros(len(named)), np.zeros(len(named))
+    signal, noise = np.zeros(len(units(model))), np.zeros(len(units(model)))
     right = dict.fromkeys(("torch", "onnx", "agree", "floor"), 0)
     with progress(len(images), "PyTorch against ONNX Runtime", "image") as bar:
         done = 0
@@ -202,17 +199,16 @@ def compare(
             for name in quantizers:
                 report.free[name].add(answers[codes_name(name)], seen.codes[name])
             if done < report.forced_images:
-                answers_forced = forced.run({sources[name]: seen.inputs[name] for name in quantizers})
+                answers_forced = forced.run({source: seen.inputs[name] for name, source in sources.items()})
                 for name in quantizers:
                     report.quantizers[name].add(answers_forced[codes_name(name)], seen.codes[name])
                 for name, output in linears.items():
                     largest = _largest(answers_forced[output] - seen.linear_outputs[name])
                     largest /= max(_largest(seen.linear_outputs[name]), 1e-30)
                     report.linears[name] = float(np.maximum(report.linears[name], largest))  # unlike max, keeps a NaN
-                fed = {_BEFORE: inputs.numpy(), **seen.block_inputs, _BEHIND: seen.block_outputs[named[-1][0]]}
-                for block, names in inside.items():
-                    answers_block = by_block[block].run({starts[block]: fed[block]})
-                    for name in names:
+                for block, segment in segments.items():
+                    answers_block = segment.session.run(seen.unit_inputs | {INPUT: inputs.numpy()})
+                    for name in segment.quantizers:
                         report.blocks[block].add(answers_block[codes_name(name)], seen.codes[name])
                 _add_error(model, seen, inputs, signal, noise)
             torch_labels, onnx_labels = logits.argmax(1), torch.from_numpy(answers[OUTPUT]).argmax(1)
@@ -231,24 +227,63 @@ def compare(
     )
     with np.errstate(divide="ignore"):
         ratio = 10 * np.log10(signal / noise)
-    report.sqnr_db = {name: float(value) for (name, _), value in zip(named, ratio, strict=True)}
+    report.sqnr_db = {name: float(value) for (name, _), value in zip(units(model), ratio, strict=True)}
     return report
 
 
-def _segments(names: list[str], quantizers: list[str]) -> dict[str, list[str]]:
-    """For the part before the blocks, each block, and the part behind: its quantisers, and the first one behind it.
+@dataclass
+class _Segment:
+    """A part of the network from one unit's input to the first quantiser of the next, which ends what the unit did."""
 
-    Without the one behind, nothing would see the last linear of a block, or what stands before all blocks.
+    quantizers: list[str]
+    session: "_Session"
+
+
+def _segments(onnx_model: ir.Model, names: list[str], quantizers: list[str]) -> dict[str, _Segment]:
+    """For the part before all units, each unit, and the part behind: its quantisers and the first one behind it.
+
+    Without the one behind, nothing would see the last linear of a unit, or what stands before all units.
     """
-    inside = {name: [q for q in quantizers if q.startswith(f"{name}.")] for name in names}
-    start, end = quantizers.index(inside[names[0]][0]), quantizers.index(inside[names[-1]][-1]) + 1
-    before, behind = quantizers[:start], quantizers[end:]  # the order is the network's
-    following = [*(own[0] for own in inside.values()), *behind[:1]]
-    found = {
-        name: [*own, *following[index : index + 1]]
-        for index, (name, own) in enumerate({_BEFORE: before, **inside}.items())
-    }
-    return {**found, _BEHIND: behind} if behind else found
+    last = max(i for i, quantizer in enumerate(quantizers) if quantizer.startswith(tuple(f"{name}." for name in names)))
+    first = {name: next(i for i, q in enumerate(quantizers) if q.startswith(f"{name}.")) for name in names}
+    starts = [(_BEFORE, 0), *first.items()]
+    if last + 1 < len(quantizers):
+        starts.append((_BEHIND, last + 1))
+    marks: dict[str, str] = json.loads(onnx_model.metadata_props["gplq.marks"])
+    found = {}
+    for (name, start), (following, end) in itertools.pairwise([*starts, ("", len(quantizers))]):
+        inside = quantizers[start : end + 1]
+        ending = output_name(names[-1]) if following == _BEHIND else f"{following}.input"
+        own = {tensor for mark, tensor in marks.items() if mark.startswith(ending)}
+        known = {tensor: mark for mark, tensor in marks.items() if tensor not in own}
+        outputs = [codes_name(quantizer) for quantizer in inside]
+        feeds = _sources(onnx_model.graph, outputs, {*known, INPUT})
+        found[name] = _Segment(inside, _Session(onnx_model, feeds, outputs, known))
+    return found
+
+
+def _sources(graph: ir.Graph, outputs: list[str], known: set[str]) -> list[str]:
+    """Those of the ``known`` tensors that ``outputs`` are computed from, the nearest ones on each path."""
+    values = ir.convenience.create_value_mapping(graph)
+    seen: dict[str, None] = {}
+    pending = [values[name] for name in outputs]
+    visited: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if id(value) in visited:
+            continue
+        visited.add(id(value))
+        if value.name in known:
+            seen[value.name] = None
+        elif (node := value.producer()) is not None:
+            pending += [x for x in node.inputs if x is not None]
+    return list(seen)
+
+
+def _in_order(onnx_model: ir.Model, names: Iterable[str]) -> list[str]:
+    """Quantisers in the order in which the graph computes them."""
+    position = {value.name: i for i, node in enumerate(onnx_model.graph) for value in node.outputs}
+    return sorted(names, key=lambda name: position[codes_name(name)])
 
 
 def _largest(x: np.ndarray) -> float:
@@ -256,17 +291,17 @@ def _largest(x: np.ndarray) -> float:
 
 
 def _add_error(model: nn.Module, quantised: "_Capture", inputs: Tensor, signal: np.ndarray, noise: np.ndarray) -> None:
-    """Add each block's output energy without quantisers, and that of the difference to it, to running sums."""
+    """Add each unit's output energy without quantisers, and that of the difference to it, to running sums."""
     set_rounding(model, rounding=False)
     try:
         exact = _Capture(model)
         exact.run(inputs)
     finally:
         set_rounding(model, rounding=True)
-    for index, (name, _) in enumerate(blocks(model)):
-        reference = exact.block_outputs[name]
+    for index, (name, _) in enumerate(units(model)):
+        reference = exact.unit_outputs[name]
         signal[index] += float((reference.astype(np.float64) ** 2).sum())
-        noise[index] += float(((quantised.block_outputs[name] - reference).astype(np.float64) ** 2).sum())
+        noise[index] += float(((quantised.unit_outputs[name] - reference).astype(np.float64) ** 2).sum())
 
 
 class _Capture:
@@ -277,8 +312,8 @@ class _Capture:
         self.inputs: dict[str, np.ndarray] = {}
         self.codes: dict[str, np.ndarray] = {}
         self.linear_outputs: dict[str, np.ndarray] = {}
-        self.block_inputs: dict[str, np.ndarray] = {}
-        self.block_outputs: dict[str, np.ndarray] = {}
+        self.unit_inputs: dict[str, np.ndarray] = {}  # by exported name; the last unit's output is the head's input
+        self.unit_outputs: dict[str, np.ndarray] = {}
 
     def run(self, images: Tensor) -> Tensor:
         """Logits of ``images``."""
@@ -293,8 +328,8 @@ class _Capture:
             handles.append(quantizer.register_forward_hook(self._quantizer_hook(name)))
         for name, linear in integer_linears(self.model).items():
             handles.append(linear.register_forward_hook(self._linear_hook(name)))
-        for name, block in blocks(self.model):
-            handles.append(block.register_forward_hook(self._block_hook(name)))
+        for name, unit in units(self.model):
+            handles.append(unit.register_forward_hook(self._unit_hook(name)))
         try:
             yield
         finally:
@@ -315,9 +350,14 @@ class _Capture:
 
         return keep
 
-    def _block_hook(self, name: str) -> Any:
-        def keep(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            self.block_inputs[name], self.block_outputs[name] = args[0].numpy(), output.numpy()
+    def _unit_hook(self, name: str) -> Any:
+        def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            for index, arg in enumerate(args):
+                if isinstance(arg, Tensor):
+                    self.unit_inputs[input_name(name, index)] = arg.numpy()
+            # Some blocks return the size of their feature map beside it.
+            tensor = output[0] if isinstance(output, tuple | list) else output
+            self.unit_outputs[name] = self.unit_inputs[output_name(name)] = tensor.numpy()
 
         return keep
 
@@ -339,6 +379,10 @@ class AnotherSummationOrder(TorchDispatchMode):
             codes, scale, weight, weight_scale, bias = args[:5]
             x, w = codes * scale, weight.to(codes.dtype) * weight_scale[:, None]
             return F.linear(x.flip(-1), w.flip(-1), bias)
+        if func is ops.conv.default:
+            codes, scale, weight, weight_scale, bias, stride, padding, dilation = args[:8]
+            x, w = codes * scale, weight.to(codes.dtype) * weight_scale[:, None, None, None]
+            return F.conv2d(x.flip(1), w.flip(1), bias, stride, padding, dilation)
         if func is ops.matmul.default:
             a, a_scale, b, b_scale = args[:4]
             return torch.matmul((a * a_scale).flip(-1), (b * b_scale).flip(-2))
@@ -355,7 +399,11 @@ class AnotherSummationOrder(TorchDispatchMode):
 class _Session:
     """A part of an ONNX graph in ONNX Runtime on the CPU, graph optimisation off; codes come back as int8."""
 
-    def __init__(self, model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    def __init__(
+        self, model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], names: Mapping[str, str] | None = None
+    ) -> None:
+        """``names``: by which name :meth:`run` is given an input, if not by the tensor's own."""
+        self.inputs = {tensor: (names or {}).get(tensor, tensor) for tensor in inputs}
         part = ir.convenience.extract(model.graph, list(inputs), list(outputs))
         for index, value in enumerate(part.outputs):
             producer = value.producer()
@@ -376,8 +424,9 @@ class _Session:
         self.outputs = list(outputs)
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Arrays by tensor name."""
-        return dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
+        """Arrays by tensor name; ``feeds`` may hold more than is needed."""
+        needed = {tensor: feeds[name] for tensor, name in self.inputs.items()}
+        return dict(zip(self.outputs, self.session.run(None, needed), strict=True))
 
 
 def reference_session(model: bytes | str) -> Any:

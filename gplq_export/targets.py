@@ -6,8 +6,8 @@
     fp32, fp16  float                            none: the same network unquantised   FP32/16  for comparison
 
 The 8-bit edges (patch embedding, classifier) are INT8 in both quantised targets. Weights are laid out [K, N], scales
-one an output channel on axis 1, never behind a Transpose or Cast: TensorRT computes such a MatMul in floating point
-without telling.
+one an output channel on axis 1 (those of convolutions [N, C, kh, kw], axis 0), never behind a Transpose or Cast:
+TensorRT computes such a MatMul in floating point without telling.
 """
 
 from collections.abc import Callable
@@ -88,8 +88,12 @@ class Quantizer:
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A Linear node's weight: ``codes`` int8 [N, K], ``scale`` [N]; ``pre_scale`` [K] of the quantiser before it."""
+class Weight:
+    """A Linear's or Conv's weight.
+
+    ``codes``: int8 [N, K], or [N, C, kh, kw] of a convolution; ``scale``: [N]; ``pre_scale``: [K] of the quantiser
+    before it, or None.
+    """
 
     name: str
     codes: np.ndarray
@@ -109,8 +113,8 @@ class Target:
         """Write a quantiser; returns the tensor that its readers multiply."""
         raise NotImplementedError
 
-    def weight(self, writer: GraphWriter, linear: Linear) -> ir.Value:
-        """Write a weight; returns a floating point tensor [K, N]."""
+    def weight(self, writer: GraphWriter, weight: Weight) -> ir.Value:
+        """Write a weight; returns a floating point tensor [K, N], or [N, C, kh, kw] of a convolution."""
         raise NotImplementedError
 
 
@@ -127,9 +131,9 @@ class Int4(Target):
         x = _pre_scaled(writer, quantizer)
         return _quantize_dequantize(writer, quantizer, x, code_type)
 
-    def weight(self, writer: GraphWriter, linear: Linear) -> ir.Value:
+    def weight(self, writer: GraphWriter, weight: Weight) -> ir.Value:
         """INT4 (or INT8) initialiser -> DequantizeLinear."""
-        return _integer_weight(writer, linear)
+        return _integer_weight(writer, weight, ir.DataType.INT4 if weight.bits <= 4 else ir.DataType.INT8)
 
 
 class TensorRTInt4(Int4):
@@ -154,6 +158,12 @@ class TensorRTInt4(Int4):
             x = writer.node("Clip", [x, *bounds], f"{quantizer.name}/Clip", f"{quantizer.name}.clipped")
         return _quantize_dequantize(writer, quantizer, x, ir.DataType.INT8)
 
+    def weight(self, writer: GraphWriter, weight: Weight) -> ir.Value:
+        """As ``int4``; a convolution's in INT8, because TensorRT takes INT4 for matmuls only."""
+        if weight.codes.ndim == 2:
+            return super().weight(writer, weight)
+        return _integer_weight(writer, weight, ir.DataType.INT8)
+
 
 class Float32(Target):
     """The same network without quantisers: what the same engine costs, and computes, in floating point."""
@@ -165,12 +175,13 @@ class Float32(Target):
         """Nothing: the input itself. A factor in front of the quantiser goes into the weight behind it."""
         return quantizer.x
 
-    def weight(self, writer: GraphWriter, linear: Linear) -> ir.Value:
-        """The weight that the codes stand for, [K, N]."""
-        weight = linear.codes.astype(np.float32) * linear.scale[:, None]
-        if linear.pre_scale is not None:
-            weight = weight * linear.pre_scale
-        return writer.floating(f"{linear.name}.weight", weight.T)
+    def weight(self, writer: GraphWriter, weight: Weight) -> ir.Value:
+        """The weight that the codes stand for."""
+        scale = weight.scale.reshape(-1, *[1] * (weight.codes.ndim - 1))
+        values = weight.codes.astype(np.float32) * scale
+        if weight.pre_scale is not None:
+            values = values * weight.pre_scale
+        return writer.floating(f"{weight.name}.weight", values.T if values.ndim == 2 else values)
 
 
 class Float16(Float32):
@@ -198,12 +209,15 @@ def _quantize_dequantize(writer: GraphWriter, quantizer: Quantizer, x: ir.Value,
     return writer.node("DequantizeLinear", [codes, scale, zero], f"{name}/DequantizeLinear", f"{name}.dequantized")
 
 
-def _integer_weight(writer: GraphWriter, linear: Linear) -> ir.Value:
-    code_type = ir.DataType.INT4 if linear.bits <= 4 else ir.DataType.INT8
-    codes = writer.constant(f"{linear.name}.codes", linear.codes.T.astype(_NUMPY[code_type]))
-    scale = writer.floating(f"{linear.name}.weight_scale", linear.scale)
+def _integer_weight(writer: GraphWriter, weight: Weight, code_type: ir.DataType) -> ir.Value:
+    linear = weight.codes.ndim == 2
+    codes = (weight.codes.T if linear else weight.codes).astype(_NUMPY[code_type])
+    inputs: list[ir.Value | None] = [
+        writer.constant(f"{weight.name}.codes", codes),
+        writer.floating(f"{weight.name}.weight_scale", weight.scale),
+    ]
     return writer.node(
-        "DequantizeLinear", [codes, scale], f"{linear.name}/DequantizeLinear", f"{linear.name}.weight", axis=1
+        "DequantizeLinear", inputs, f"{weight.name}/DequantizeLinear", f"{weight.name}.weight", axis=1 if linear else 0
     )
 
 

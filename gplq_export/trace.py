@@ -8,12 +8,13 @@ import onnx_ir as ir
 import torch
 
 from gplq.checkpoint import Checkpoint, frozen_quantizers, integer_linears
+from gplq.convert import mark_units
 from gplq.errors import BuildError
-from gplq.layers import mark_blocks
 from gplq_export.dialect import DOMAIN, translations
 
 OPSET = 21  # the first with INT4 and UINT4 in QuantizeLinear and DequantizeLinear
 INPUT, OUTPUT = "images", "logits"
+WEIGHTED = ("Linear", "Conv")  # the operators that hold a weight
 
 
 def trace(checkpoint: Checkpoint) -> ir.Model:
@@ -24,7 +25,7 @@ def trace(checkpoint: Checkpoint) -> ir.Model:
     """
     model = checkpoint.model
     example = torch.zeros(2, *checkpoint.preprocessing.input_size)
-    handles = mark_blocks(model)
+    handles = mark_units(model)
     try:
         with warnings.catch_warnings():
             # The exporter's own deprecations are no business of the user's.
@@ -54,22 +55,22 @@ def trace(checkpoint: Checkpoint) -> ir.Model:
 def _check_mapping(dialect: ir.Model, checkpoint: Checkpoint) -> None:
     """Every quantiser and linear of the checkpoint is one node, and every such node is one of the checkpoint."""
     expected = {
-        "Quantize": set(frozen_quantizers(checkpoint.model)),
-        "Linear": set(integer_linears(checkpoint.model)),
+        "quantiser": (set(frozen_quantizers(checkpoint.model)), ("Quantize",)),
+        "linear": (set(integer_linears(checkpoint.model)), WEIGHTED),
     }
-    for op_type, names in expected.items():
-        found = Counter(node_name(node) for node in dialect.graph if is_dialect(node, op_type))
+    for kind, (names, op_types) in expected.items():
+        found = Counter(node_name(node) for node in dialect.graph if is_dialect(node, *op_types))
         unmatched = names.symmetric_difference(found) | {name for name, count in found.items() if count != 1}
         if unmatched:
             raise BuildError(
-                f"the exported graph does not hold each {op_type} of the checkpoint exactly once: "
+                f"the exported graph does not hold each {kind} of the checkpoint exactly once: "
                 f"{', '.join(sorted(unmatched)[:5])}. This is a defect of gplq; please report it."
             )
 
 
-def is_dialect(node: ir.Node, op_type: str | None = None) -> bool:
-    """Whether a node is of the dialect, and of ``op_type`` if one is given."""
-    return node.domain == DOMAIN and op_type in (None, node.op_type)
+def is_dialect(node: ir.Node, *op_types: str) -> bool:
+    """Whether a node is of the dialect, and of one of ``op_types`` if any is given."""
+    return node.domain == DOMAIN and (not op_types or node.op_type in op_types)
 
 
 def node_name(node: ir.Node) -> str:

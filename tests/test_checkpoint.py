@@ -54,7 +54,7 @@ def test_loaded_model_is_the_one_that_was_measured(quantised: Quantised, npz_fil
 
 def test_file_is_plain_data_with_its_history(quantised: Quantised, npz_file: Path, model_folder: Path) -> None:
     content = torch.load(quantised.path, weights_only=True)
-    assert (content["schema"], content["schema_version"]) == ("gplq.checkpoint", [1, 0])
+    assert (content["schema"], content["schema_version"]) == ("gplq.checkpoint", [1, 1])
     provenance = content["provenance"]
     assert provenance["source_sha256"] == sha256(model_folder / "model.safetensors")
     assert provenance["train_data"] == {
@@ -132,7 +132,7 @@ ALTERATIONS = {
     "missing-float": (delete_at("floats", "norm.weight"), r"norm\.weight"),
     "extra-float": (set_at("floats", "extra", value=torch.zeros(1)), "extra"),
     "float-of-other-shape": (set_at("floats", "norm.weight", value=torch.zeros(63)), r"norm\.weight"),
-    "missing-quantizer": (delete_at("quantizers", Q), "log_scale"),
+    "missing-quantizer": (delete_at("quantizers", Q), "raw_scale"),
     "extra-quantizer": (
         set_at("quantizers", "norm", value={"scale": torch.ones(()), "pre_scale": None, "bits": 4, "signed": True}),
         "no quantiser norm",

@@ -1,5 +1,9 @@
 """npz files and image folders: what is read, and what every error says."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, make_arrays
+from conftest import CLASSES, Quantised, make_arrays
 from PIL import Image
 
-from gplq.data import Preprocessing, batches, check_labels, draw, open_images
+from gplq.checkpoint import Checkpoint
+from gplq.cli import main
+from gplq.data import ImageSet, Preprocessing, batches, check_labels, draw, open_images, open_test_images
 from gplq.errors import DataError
+from gplq.evaluate import top1
+from gplq.sources import Files
 
 GREY = Preprocessing((1, 16, 16), "bilinear", 1.0, "center", (0.5,), (0.25,))
 COLOUR = Preprocessing((3, 16, 16), "bilinear", 1.0, "center", (0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
@@ -62,7 +70,7 @@ def test_folder_splits_are_found(test_name: str, image_folder: Path) -> None:
 
 def test_folder_and_npz_give_the_same_tensors(image_folder: Path, tmp_path: Path) -> None:
     folder = open_images(image_folder, "train", GREY)
-    pixels = np.stack([np.asarray(Image.open(path)) for path in folder.items])
+    pixels = np.stack([np.asarray(Image.open(path)) for path in folder.pictures.paths])
     npz = open_images(write_npz(tmp_path / "same.npz", images=pixels, labels=np.array(folder.labels)), "train", GREY)
     assert all(torch.equal(folder[index][0], npz[index][0]) for index in range(len(folder)))
     assert list(folder.labels) == list(npz.labels)
@@ -109,20 +117,23 @@ def bad_inputs(folder: Path) -> dict[str, tuple[Callable[[], Path], str]]:
 
     return {
         "missing": (lambda: folder / "none", "does not exist"),
-        "other-file": (lambda: write_text(folder / "file.txt"), "neither a folder nor an .npz"),
+        "other-file": (lambda: write_text(folder / "file.txt"), "neither a folder nor an .npz or .tar"),
         "text-as-npz": (lambda: write_text(folder / "text.npz"), r"cannot read .*text\.npz"),
         "truncated-npz": (truncated, r"cannot read .*cut\.npz"),
         "damaged-npz": (flipped, r"cannot read .*flip\.npz"),
         "empty-npz": (npz(), "no train images.*found none"),
         "other-arrays": (npz(x=pixels, y=labels), "no train images.*found x, y"),
-        "no-labels": (npz(train_images=pixels), "no train images"),
+        "no-labels": (npz(train_images=pixels), "no train images with labels"),
         "only-test": (npz(test_images=pixels, test_labels=labels), "no train images"),
         "no-images": (npz(images=empty, labels=labels[:0]), "holds no train images"),
         "float-images": (npz(images=pixels / 255.0, labels=labels), "uint8.*found float64"),
         "flat-images": (npz(images=pixels.reshape(6, -1), labels=labels), r"found uint8 \[6, 256\]"),
         "channels-first": (npz(images=np.zeros((6, 3, 16, 16), np.uint8), labels=labels), r"\[6, 3, 16, 16\]"),
-        "labels-too-few": (npz(images=pixels, labels=labels[:5]), r"with \[5\] labels"),
-        "one-hot-labels": (npz(images=pixels, labels=np.eye(6, dtype=int)), r"with \[6, 6\] labels"),
+        "labels-too-few": (
+            npz(images=pixels, labels=labels[:5]),
+            r"6 images need as many labels; found an array \[5\]",
+        ),
+        "one-hot-labels": (npz(images=pixels, labels=np.eye(6, dtype=int)), r"found an array \[6, 6\]"),
         "float-labels": (npz(images=pixels, labels=labels * 1.0), "labels must be integers; found float64"),
         "pickled-labels": (npz(images=pixels, labels=labels.astype(object)), "without pickled objects"),
         "empty-folder": (lambda: make_folder("void"), "is not an image folder"),
@@ -140,27 +151,199 @@ def test_bad_input_is_explained(name: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
+def test_npz_without_labels_serves_if_they_are_not_needed(tmp_path: Path) -> None:
+    pixels, _ = make_arrays(6, seed=0)
+    images = open_images(write_npz(tmp_path / "x.npz", train_images=pixels), "train", GREY, need_labels=False)
+    assert (len(images), images[2][1]) == (6, -1)
+    labelled = write_npz(tmp_path / "y.npz", images=pixels, labels=np.eye(6))  # labels of any kind are not looked at
+    assert open_images(labelled, "train", GREY, need_labels=False)[2][1] == -1
+
+
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\nbroken"])
 def test_corrupt_image_is_named(content: bytes, image_folder: Path) -> None:
     images = open_images(image_folder, "train", GREY)
-    images.items[3].write_bytes(content)
-    with pytest.raises(DataError, match=rf"cannot read {images.items[3]}: .*Repair or remove it"):
+    path = Path(images.pictures.paths[3])
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"cannot read {path}: .*Repair or remove it"):
         images[3]
-    with pytest.raises(DataError, match=str(images.items[3])):
+    with pytest.raises(DataError, match=str(path)):
         list(batches(images, 8))
 
 
 def test_truncated_image_is_named(image_folder: Path) -> None:
     images = open_images(image_folder, "train", GREY)
-    images.items[0].write_bytes(images.items[0].read_bytes()[:-60])
-    with pytest.raises(DataError, match=str(images.items[0])):
+    path = Path(images.pictures.paths[0])
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(DataError, match=str(path)):
         images[0]
+
+
+def corrupt(images: ImageSet, indices: list[int]) -> list[str]:
+    assert isinstance(images.pictures, Files)
+    for index in indices:
+        path = Path(images.pictures.paths[index])
+        path.write_bytes(path.read_bytes()[:-60])
+    return [images.pictures.paths[index] for index in indices]
+
+
+def test_bad_images_are_skipped_if_that_is_wanted(image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = open_images(image_folder, "train", GREY, bad_images="skip")
+    whole = list(batches(images, 4))
+    paths = corrupt(images, [1, 8, 9, 10, 11])
+    for _ in range(2):  # reported once
+        found = list(batches(images, 4))
+        assert [len(labels) for _, labels in found] == [3, 4, 4]  # the third batch of four has no good image
+        assert torch.equal(found[0][0], whole[0][0][[0, 2, 3]])
+        assert torch.equal(found[2][1], whole[3][1])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5
+    assert all(line.startswith(f"skipped: cannot read {path}: ") for line, path in zip(lines, paths, strict=True))
+    assert images.skipped == {1, 8, 9, 10, 11}
+    assert images.to_dict()["skipped"] == 5
+
+
+def test_a_training_batch_is_never_empty(image_folder: Path) -> None:
+    images = open_images(image_folder, "train", GREY, bad_images="skip")
+    whole = [images[index] for index in range(16)]
+    corrupt(images, [1, 14, 15, 0])
+    found = list(batches(images, 2, [5, 1, 14, 15, 6, 7], never_empty=True))
+    assert [len(labels) for _, labels in found] == [1, 1, 2]
+    assert torch.equal(found[1][0][0], whole[2][0])  # behind 15 comes 0, and 2 is the first good one
+    resumed = list(batches(images, 2, [14, 15, 6, 7], never_empty=True))
+    assert torch.equal(resumed[0][0], found[1][0])
+
+
+def test_many_bad_images_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index in range(30):
+        path = tmp_path / "a" / f"{index:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (16, 16)).save(path)
+    images = open_images(tmp_path, "train", GREY, bad_images="skip")
+    corrupt(images, list(range(25)))
+    few = images.head(29)
+    list(batches(few, 8))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == f"skipped {len(few.skipped)} images of {tmp_path} so far"
+    list(batches(few, 8))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_set_without_any_good_image_is_an_error(image_folder: Path) -> None:
+    images = open_images(image_folder, "test", GREY, bad_images="skip")
+    corrupt(images, list(range(8)))
+    for never_empty in (False, True):
+        with pytest.raises(DataError, match="none of 8 images can be read"):
+            list(batches(images, 4, never_empty=never_empty))
+
+
+def test_accuracy_counts_what_could_be_read(image_folder: Path, checkpoint: Checkpoint) -> None:
+    images = open_test_images(image_folder, checkpoint, None, "skip")
+    corrupt(images, [2, 3])
+    assert top1(checkpoint.model, images, "x", batch_size=2).n == 6
+
+
+START = """
+import multiprocessing, sys
+from gplq.cli import main
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spawn", "forkserver"))]
+)
+def test_corrupt_jpeg_in_a_worker_process_is_one_line(
+    method: str, quantised: Quantised, image_folder: Path, tmp_path: Path
+) -> None:
+    victim = next((image_folder / "val").rglob("*.png")).with_suffix(".jpg")
+    Image.fromarray(make_arrays(1, seed=0)[0][0]).save(victim)
+    victim.write_bytes(victim.read_bytes()[:-100])
+    script = tmp_path / "start.py"
+    script.write_text(START)
+    command = [sys.executable, str(script), method, "eval", str(quantised.path), "--data", str(image_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"gplq: error: cannot read {victim}: ")
+    assert done.stderr.count("\n") == 1
+
+
+class Deadly(Files):
+    """Pictures whose reader is killed, as by a machine without memory."""
+
+    def read(self, row: int) -> bytes:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return b""
+
+
+def test_a_worker_process_that_dies_is_explained(image_folder: Path) -> None:
+    images = open_images(image_folder, "train", GREY)
+    images.pictures = Deadly(images.pictures.paths)  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r"a process that reads .* died"):
+        list(batches(images, 4))
+
+
+def test_commands_skip_bad_images_if_told(
+    model_folder: Path, recipe_file: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        corrupt(open_images(image_folder, split, GREY), [0, 3])
+    out = tmp_path / "model.pt"
+    common = [str(model_folder), "--data", str(image_folder), "--recipe", str(recipe_file), "--out", str(out)]
+    assert main(["quantize", *common]) == 2
+    assert "--skip-bad-images" in capsys.readouterr().err
+    assert main(["quantize", *common, "--skip-bad-images"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("skipped: cannot read") == 4
+    assert captured.out.count("(n = 6)") == 3
+    provenance = torch.load(out, weights_only=True)["provenance"]
+    assert [provenance[key]["skipped"] for key in ("train_data", "test_data")] == [2, 2]
+    assert main(["eval", str(out), "--data", str(image_folder)]) == 2
+    assert main(["eval", str(out), "--data", str(image_folder), "--skip-bad-images"]) == 0
+    assert "(n = 6)" in capsys.readouterr().out
+
+
+def test_help_names_every_kind_of_data(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("quantize", "eval"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert all(kind in text for kind in ("images.npz", "FOLDER", "shards-{0000..0009}.tar", "hf:NAME?stream="))
+        assert max(map(len, text.split("data (")[1].splitlines())) <= 120
+
+
+def test_folder_fingerprint_follows_content_of_the_same_size(image_folder: Path) -> None:
+    before = open_images(image_folder, "train", GREY)
+    assert isinstance(before.pictures, Files)
+    path = Path(before.pictures.paths[7])
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    assert open_images(image_folder, "train", GREY).fingerprint != before.fingerprint
+    content[-20] ^= 1
+    path.write_bytes(content)
+    os.utime(path, (0, 0))  # a copy of the same data has other times
+    assert open_images(image_folder, "train", GREY).fingerprint == before.fingerprint
+
+
+def test_test_images_have_the_labels_of_the_model(image_folder: Path, checkpoint: Checkpoint) -> None:
+    images = open_test_images(str(image_folder), checkpoint, 3)
+    assert len(images) == 3
+    assert images.classes == checkpoint.label_names
+    for path in (image_folder / "val" / CLASSES[0]).iterdir():
+        path.unlink()
+    (image_folder / "val" / CLASSES[0]).rmdir()
+    (image_folder / "val" / CLASSES[1]).rename(image_folder / "val" / "unknown")
+    with pytest.raises(DataError, match="3 classes, the model 4"):
+        open_test_images(image_folder, checkpoint, None)
 
 
 def test_folders_are_matched_to_label_names_whatever_their_order(image_folder: Path) -> None:
     images = open_images(image_folder, "test", GREY)
     model_names = ["top-right", "unused", "top-left", "bottom-right", "bottom-left"]
-    expected = [model_names.index(path.parent.name) for path in images.items]
+    expected = [model_names.index(Path(path).parent.name) for path in images.pictures.paths]
     for _ in range(2):  # a second call changes nothing
         check_labels(images, 5, model_names)
         assert list(images.labels) == expected
@@ -175,7 +358,7 @@ def test_folders_of_other_names_are_matched_by_order_if_all_are_there(image_fold
 
 
 def test_folders_that_cannot_be_matched_are_refused(image_folder: Path) -> None:
-    with pytest.raises(DataError, match="4 class folders, the model 10 classes"):
+    with pytest.raises(DataError, match="4 classes, the model 10"):
         check_labels(open_images(image_folder, "test", GREY), 10, None)
 
 

@@ -20,7 +20,7 @@ from gplq.errors import BuildError, MissingError
 from gplq.files import sha256
 from gplq_export import engine
 from gplq_export.cli import main
-from gplq_export.targets import TARGETS, GraphWriter, Int4, Linear, Quantizer
+from gplq_export.targets import TARGETS, GraphWriter, Int4, Quantizer, Weight
 
 ONNX_FILES = ["model.fp16.onnx", "model.fp32.onnx", "model.int4.onnx"]
 
@@ -247,7 +247,7 @@ class Unbuildable(Int4):
 
     error: Exception = BuildError("this target cannot do that")
 
-    def weight(self, writer: GraphWriter, linear: Linear) -> ir.Value:
+    def weight(self, writer: GraphWriter, linear: Weight) -> ir.Value:
         if linear.name == "head.linear":
             raise self.error
         return super().weight(writer, linear)

@@ -7,15 +7,18 @@ import pytest
 import timm
 import torch
 from conftest import fast_recipe, make_model
-from torch import nn
+from timm.layers import Conv2dSame
+from timm.models import vision_transformer
+from torch import Tensor, nn
 
 from gplq import ops, stage2
 from gplq.calibrate import calibrate
+from gplq.convert import check_supported, convert
 from gplq.data import ImageSet
 from gplq.errors import ModelError
 from gplq.fold import fold_channels
-from gplq.integer import FrozenQuantizer, IntegerLinear, set_rounding
-from gplq.layers import QuantPatchConv, check_supported, convert
+from gplq.integer import FrozenQuantizer, IntegerLinear, integer_layer, set_rounding
+from gplq.layers import QuantConv, QuantPatchConv
 from gplq.recipe import Recipe
 
 VARIANTS = {
@@ -27,6 +30,11 @@ VARIANTS = {
     "pre-norm": {"pre_norm": True},
     "registers": {"reg_tokens": 2, "no_embed_class": True},
     "three-channels": {"in_chans": 3},
+    "parallel-blocks": {"block_fn": vision_transformer.ParallelThingsBlock},
+    "fused-blocks": {"block_fn": vision_transformer.ParallelScalingBlock},
+    "post-norm-blocks": {"block_fn": vision_transformer.ResPostBlock},
+    "attention-pool": {"global_pool": "map", "class_token": False},
+    "rms-norm": {"norm_layer": "rmsnorm"},
 }
 
 
@@ -44,7 +52,7 @@ def test_converted_model_gives_the_float_logits(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["class-token", "qk-norm", "no-qkv-bias", "average-pool"])
 @pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
 def test_folding_and_freezing_keep_the_logits_without_rounding(
-    variant: str, granularity: str, train_set: ImageSet, probe: torch.Tensor
+    variant: str, granularity: str, train_set: ImageSet, probe: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The real freezing, but weights stay unrounded, so that nothing except the fold can change the logits.
     model = convert(make_model(**VARIANTS[variant]), fast_recipe(granularity=granularity))
@@ -56,20 +64,17 @@ def test_folding_and_freezing_keep_the_logits_without_rounding(
         expected = model(probe)
         weights = {}
 
-        def keep_float(linear: nn.Linear, moment: torch.Tensor, name: str) -> IntegerLinear:
-            weights[name] = linear.weight.detach().clone()
-            rows = linear.weight.shape[0]
-            bias = None if linear.bias is None else linear.bias.detach().clone()
-            return IntegerLinear(linear.weight.detach().clone(), torch.ones(rows), bias, 8, name)
+        def keep_float(
+            _: object, name: str, __: object, weight: Tensor, bias: Tensor | None, ___: object
+        ) -> IntegerLinear:
+            weights[name] = weight.detach().clone()
+            bias = None if bias is None else bias.detach().clone()
+            return IntegerLinear(weights[name], torch.ones(len(weight)), bias, 8, name)
 
-        quantizer = stage2._WeightQuantizer(fast_recipe())
-        stream = stage2._BlockInputs(model, train_set, fast_recipe(), 64)
-        quantizer._round = keep_float  # type: ignore[method-assign,assignment]  # the fold is tested, not the rounding
-        for name, block in stage2.blocks(model):
-            for layer_name, layer in stage2._layers(block):
-                norm = stage2.norm_before(block, layer_name)
-                quantizer.freeze(f"{name}.{layer_name}", layer, norm, block, stream)
-            stream.advance(block)
+        # The fold is tested, not the rounding.
+        monkeypatch.setattr(stage2._Stage2, "_rounded", keep_float)
+        monkeypatch.setattr(stage2, "quantize_rows", lambda weight, scale, _: weight.detach() / scale[:, None])
+        stage2.quantize_weights(model, train_set, fast_recipe())
         set_rounding(model, False)
         actual = model(probe)
     assert len(weights) == 12
@@ -118,39 +123,55 @@ def test_patch_layer_is_the_convolution(kernel: int, size: int) -> None:
     conv = nn.Conv2d(3, 8, kernel, stride=kernel)
     x = torch.randn(2, 3, size, size)
     with torch.no_grad():
-        torch.testing.assert_close(QuantPatchConv(conv, nn.Identity())(x), conv(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(QuantPatchConv(conv, nn.Identity(), 8)(x), conv(x), rtol=0, atol=1e-5)
 
 
-def test_resnet_is_refused_by_name() -> None:
-    with pytest.raises(ModelError, match="ResNet is not a ViT"):
-        convert(timm.create_model("resnet10t", num_classes=2), Recipe())
+@pytest.mark.parametrize("settings", [{"padding": 1}, {"stride": 2, "padding": 2, "dilation": 2}, {"bias": False}])
+def test_convolution_on_codes_is_the_convolution(settings: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3, **settings)  # type: ignore[arg-type]
+    codes = torch.randint(-8, 8, (2, 3, 12, 12)).float()
+    conv.weight.data = torch.randint(-8, 8, conv.weight.shape).float()
+    frozen = integer_layer(conv, conv.weight.to(torch.int8), torch.full((8,), 0.25), conv.bias, 4, "conv")
+    with torch.no_grad():
+        assert torch.equal(QuantConv(conv, nn.Identity(), 4)(codes), conv(codes))
+        bias = 0 if conv.bias is None else conv.bias[:, None, None]
+        expected = (conv(codes) - bias) * 0.125 + bias
+        torch.testing.assert_close(frozen(ops.Codes(codes, torch.tensor(0.5))), expected, rtol=0, atol=1e-4)
+
+
+def test_convolution_padded_as_tensorflow_does() -> None:
+    torch.manual_seed(0)
+    conv, x = Conv2dSame(3, 8, 3, stride=2), torch.randn(2, 3, 13, 13)
+    with torch.no_grad():
+        assert torch.equal(QuantConv(conv, nn.Identity(), 4)(x), conv(x))
 
 
 @pytest.mark.parametrize(
-    ("changes", "layer"),
-    [
-        ({"block_fn": "ResPostBlock"}, r"blocks\.0"),
-        ({"block_fn": "ParallelThingsBlock"}, r"blocks\.0"),
-        ({"block_fn": "ParallelScalingBlock"}, r"blocks\.0"),
-        ({"global_pool": "map"}, "attn_pool"),
-        ({"norm_layer": "rmsnorm"}, r"blocks\.0\.norm1"),
-    ],
+    ("layer", "what"),
+    [(nn.MultiheadAttention(64, 2), "MultiheadAttention"), (nn.ConvTranspose2d(4, 4, 2), "ConvTranspose2d")],
 )
-def test_unsupported_layer_is_refused_by_name(changes: dict[str, str], layer: str) -> None:
-    from timm.models import vision_transformer
-
-    arguments = {**changes}
-    if "block_fn" in changes:
-        arguments["block_fn"] = getattr(vision_transformer, changes["block_fn"])
-    with pytest.raises(ModelError, match=f"layer '{layer}"):
-        check_supported(make_model(**arguments))
-
-
-def test_added_layer_is_refused_by_name() -> None:
+def test_unsupported_layer_is_refused_by_name(layer: nn.Module, what: str) -> None:
     model = make_model()
-    model.blocks[1].mlp.norm = nn.BatchNorm1d(4)  # type: ignore[index,union-attr]
-    with pytest.raises(ModelError, match=r"layer 'blocks\.1\.mlp\.norm' \(BatchNorm1d\)"):
+    model.blocks[1].mlp.extra = layer  # type: ignore[index,union-attr]
+    with pytest.raises(ModelError, match=rf"layer 'blocks\.1\.mlp\.extra' \({what}\)"):
         convert(model, Recipe())
+
+
+def test_product_that_cannot_be_routed_is_refused_by_name() -> None:
+    class Einsum(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bnc,bmc->bnm", x, x) @ x
+
+    model = make_model()
+    model.blocks[1].mlp.norm = Einsum()  # type: ignore[index,union-attr]
+    with pytest.raises(ModelError, match=r"layer 'blocks\.1\.mlp\.norm' \(Einsum\) multiplies activations with einsum"):
+        check_supported(model)
+
+
+def test_model_without_products_and_linears_is_refused() -> None:
+    with pytest.raises(ModelError, match="nothing to quantise"):
+        check_supported(timm.create_model("test_vit", depth=0, num_classes=2, img_size=32))
 
 
 def test_attention_mask_is_refused() -> None:

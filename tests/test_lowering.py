@@ -131,7 +131,7 @@ def test_any_batch_runs(protos: dict[str, Any], probe: torch.Tensor, target: str
 @pytest.mark.parametrize("target", list(TARGETS))
 def test_metadata(protos: dict[str, Any], checkpoint: Checkpoint, target: str) -> None:
     found = {entry.key: entry.value for entry in protos[target].metadata_props}
-    assert found.keys() == {*METADATA, "gplq.target", "gplq.quantizers"}
+    assert found.keys() == {*METADATA, "gplq.target", "gplq.quantizers", "gplq.marks"}
     assert found["gplq.target"] == target
     assert json.loads(found["gplq.label_names"]) == ["a", "b"]
     quantizers = frozen_quantizers(checkpoint.model) if target in QUANTISED else {}

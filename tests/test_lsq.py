@@ -1,5 +1,8 @@
 """The trainable quantiser: gradients, and where calibration puts its scales."""
 
+import contextlib
+import weakref
+
 import numpy as np
 import pytest
 import reference
@@ -45,9 +48,9 @@ def test_gradients_are_those_of_the_composition(bits: int, signed: bool, per_cha
         x_leaf, log_scale = x.clone().requires_grad_(), start.log().clone().requires_grad_()
         scale = log_scale.exp()
         if function == "gplq":
-            y = lsq._FakeQuantize.apply(x_leaf, scale, bits, signed)
+            y = lsq._FakeQuantize.apply(x_leaf, scale, bits, signed, True, torch.float64)
         else:
-            y = detached_composition(x_leaf, scale, low, high, x.numel() // scale.numel())
+            y = detached_composition(x_leaf, scale, low, high, x[0].numel() // scale.numel())
         (y * weights).sum().backward()
         results.append((y.detach(), x_leaf.grad, log_scale.grad))
     for ours, theirs in zip(*results, strict=True):
@@ -58,7 +61,7 @@ def test_scale_gradient_is_the_numerical_one_where_every_value_is_clipped() -> N
     # Beyond the range x_hat = limit * scale, without rounding: a difference quotient is exact there.
     x = torch.tensor([50.0, -60.0, 70.0], dtype=torch.float64)
     scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    lsq._FakeQuantize.apply(x, scale, 4, True).sum().backward()
+    lsq._FakeQuantize.apply(x[None], scale, 4, True, True, torch.float64).sum().backward()
     values = [
         (reference.quantize(x.numpy(), np.array(s), 4, signed=True) * s).sum() for s in (0.5 - 2.0**-20, 0.5 + 2.0**-20)
     ]
@@ -134,3 +137,85 @@ def test_memory_of_the_observer_is_bounded() -> None:
     for _ in range(40):
         quantizer(torch.ones(3000, 16))
     assert sum(sample.numel() for sample in quantizer._samples) <= lsq.SAMPLE_VALUES
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_sign_is_what_was_observed(offset: float) -> None:
+    quantizer = ActivationQuantizer(4, signed=None, per_channel=False, kind="matmul")
+    quantizer.mode = "observe"
+    x = torch.rand(100, 4, generator=torch.Generator().manual_seed(0))
+    quantizer(x)
+    quantizer(x - offset)
+    quantizer.calibrate("minmax", 1.0)
+    assert quantizer.signed is (offset > 0)
+    largest = x.max().item()
+    assert quantizer.scale.item() == pytest.approx(largest / 7 if offset else largest / 15, rel=1e-6)
+
+
+def test_linear_scale_is_its_own_parameter_and_stays_positive() -> None:
+    quantizer = ActivationQuantizer(4, signed=True, per_channel=True, kind="linear")
+    quantizer.parametrization = "linear"
+    quantizer.set_scale(torch.tensor([0.5, 2.0]))
+    assert quantizer.raw_scale.tolist() == quantizer.scale.tolist() == [0.5, 2.0]
+    with torch.no_grad():
+        quantizer.raw_scale[0] = -3.0
+    quantizer.guard()
+    assert quantizer.scale.tolist() == [2.0**-14, 2.0]
+
+
+def mixture(quantizer: ActivationQuantizer, x: Tensor) -> list[Tensor]:
+    """Gradients of a small network with shared and transposed operands."""
+    linears = [torch.nn.Linear(16, 16, bias=False) for _ in range(2)]
+    for seed, linear in enumerate(linears):
+        torch.nn.init.orthogonal_(linear.weight, generator=torch.Generator().manual_seed(seed))
+    leaves = [x.clone().requires_grad_(), quantizer.raw_scale, *(linear.weight for linear in linears)]
+    x_hat = quantizer(leaves[0])
+    a, b = (linear(x_hat).reshape(5, 6, 2, 8).transpose(1, 2) for linear in linears)
+    y = quantizer(a) @ quantizer(b.transpose(-2, -1))
+    return list(torch.autograd.grad(y.square().sum(), leaves))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_recomputing_changes_no_gradient(dtype: torch.dtype | None) -> None:
+    quantizer = ActivationQuantizer(4, signed=True, per_channel=False, kind="linear")
+    quantizer.mode = "quantize"
+    quantizer.set_scale(torch.tensor(0.3))
+    x = torch.randn(5, 6, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        plain = mixture(quantizer, x)
+        with lsq.recompute_quantized():
+            ours = mixture(quantizer, x)
+    for gradient, expected in zip(ours, plain, strict=True):
+        assert torch.equal(gradient, expected)
+        assert gradient.dtype == torch.float32
+
+
+def test_recomputing_keeps_the_input_only() -> None:
+    quantizer = ActivationQuantizer(4, signed=True, per_channel=False, kind="linear")
+    quantizer.mode = "quantize"
+    linear = torch.nn.Linear(64, 64)
+    x = torch.randn(1000, 64)
+    alive = []
+    for context in (contextlib.nullcontext(), lsq.recompute_quantized()):
+        with context:
+            x_hat = quantizer(x.clone().requires_grad_())
+            y = linear(x_hat)
+        storage = weakref.ref(x_hat.untyped_storage())
+        del x_hat
+        alive.append(storage() is not None)
+        y.sum().backward()
+    assert alive == [True, False]
+
+
+def test_low_precision_in_and_out_with_arithmetic_in_fp32() -> None:
+    quantizer = ActivationQuantizer(4, signed=True, per_channel=True, kind="linear")
+    quantizer.mode = "quantize"
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scale = torch.rand(8, generator=torch.Generator().manual_seed(1)) + 0.1
+    quantizer.set_scale(scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = quantizer(x)
+    exact = quantizer.scale.detach().double().numpy()
+    codes = reference.quantize(x.double().numpy(), exact, 4, signed=True)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, torch.from_numpy(codes * exact).float().bfloat16())

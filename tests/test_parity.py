@@ -62,7 +62,7 @@ def test_faithful_graph_passes(clean: ParityReport, checkpoint: Checkpoint) -> N
     assert clean.free_equal().total == 64 * (16 * 16 + 2 * block + 64)
     assert clean.forced_equal().total == 48 * (16 * 16 + 2 * block + 64)  # two batches of 24 hold 30 images
     assert {name: count.total for name, count in clean.blocks.items()} == {
-        "patch_embed": 48 * (16 * 16 + 17 * 64),
+        "stem": 48 * (16 * 16 + 17 * 64),
         "blocks.0": 48 * (block + 17 * 64),
         "blocks.1": 48 * (block + 64),
         "head": 48 * 64,
@@ -212,7 +212,7 @@ def test_one_code_or_two_channels_of_a_bias_wrong(
 @pytest.mark.parametrize(
     ("name", "block"),
     [
-        ("patch_embed.proj.linear", "patch_embed"),
+        ("patch_embed.proj.linear", "stem"),
         ("blocks.0.attn.q", "blocks.0"),
         ("blocks.0.mlp.fc2.linear", "blocks.0"),
         ("blocks.1.attn.proj.linear", "blocks.1"),
@@ -233,7 +233,7 @@ def test_wrong_weight_fails_its_own_block_only(
 @pytest.mark.parametrize(
     ("name", "block"),
     [
-        ("pos_embed", "patch_embed"),
+        ("pos_embed", "stem"),
         ("blocks.0.norm1.weight", "blocks.0"),
         ("blocks.0.norm2.bias", "blocks.0"),
         ("norm.weight", "head"),
@@ -347,4 +347,4 @@ def test_dinov2_in_colour_with_layer_scale(tmp_path: Path, qk_norm: bool) -> Non
     report = compare(checkpoint.model, graph, images)
     assert report.failures() == []
     assert report.forced_equal().total > 0
-    assert set(report.blocks) == {"patch_embed", "blocks.0", "blocks.1", "head"}
+    assert set(report.blocks) == {"stem", "blocks.0", "blocks.1", "head"}

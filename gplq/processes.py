@@ -1,0 +1,63 @@
+"""Several processes on one model (``accelerate launch``): which images are whose, and sums over all of them.
+
+Without a launcher there is one process, and every function here costs nothing.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+
+from gplq.errors import UsageError
+
+T = TypeVar("T")
+
+
+@functools.cache
+def processes() -> PartialState:
+    """The processes, joined at the first call: their number, our rank, our device (a GPU if there is one).
+
+    Raises:
+        UsageError: they were started for FSDP or DeepSpeed.
+    """
+    for name in ("FSDP", "DeepSpeed"):
+        if _is_set(f"ACCELERATE_USE_{name.upper()}"):
+            raise UsageError(
+                f"gplq does not train with {name}: it cannot shard the quantisers' scales, which are single numbers. "
+                "Use 'accelerate launch --multi_gpu'; for a model that is too large set stage1.gradient_checkpointing."
+            )
+    # accelerate takes CPU processes for independent ones unless it is told.
+    return PartialState(cpu=_is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def _is_set(flag: str) -> bool:
+    return os.environ.get(flag, "false").lower() in ("true", "1")
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """What of ``items`` is ours: every n-th of n processes, all of it if there is one process.
+
+    Raises:
+        UsageError: there are fewer items than processes.
+    """
+    state = processes()
+    if len(items) < state.num_processes:
+        raise UsageError(f"{len(items)} images are not enough for {state.num_processes} processes: start fewer.")
+    return list(items[state.process_index :: state.num_processes])
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on its device."""
+    result: Tensor = reduce(value.to(processes().device), "sum") if processes().num_processes > 1 else value
+    return result.to(value.device)
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model lives: on the device of its first parameter or buffer."""
+    tensor = next(model.parameters(), next(model.buffers(), None))
+    return torch.device("cpu") if tensor is None else tensor.device

@@ -1,0 +1,195 @@
+"""What a model multiplies: found by watching one forward pass, so that no model family needs code of its own.
+
+Watched are the calls of modules and, through a ``TorchFunctionMode``, of PyTorch's functions: which linear and
+convolution runs where, which modules multiply two activations (attention scores, softmax times values), and what does
+not depend on the image at all. The image requires a gradient and no parameter does, so that "depends on the image" is
+simply ``requires_grad``. The pass works on the meta device too, where nothing is computed or allocated.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gplq.errors import ModelError
+
+# Products of two tensors, as functions with the signature (a, b).
+MATMULS: frozenset[Any] = frozenset(
+    {torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__}
+)
+ATTENTION: Any = F.scaled_dot_product_attention
+# Multiplications that gplq cannot route through quantisers; met with two activations, they are an error.
+_UNSUPPORTED: frozenset[Any] = frozenset(
+    {torch.einsum, torch.baddbmm, torch.addmm, torch.tensordot, F.bilinear, F.multi_head_attention_forward}
+)
+_CONVOLUTIONS: frozenset[Any] = frozenset({torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose2d})
+
+
+@dataclass
+class Survey:
+    """What was seen; names are those of ``named_modules``.
+
+    Attributes:
+        layers: every linear and 2-D convolution that ran, in the order of its first call.
+        constant: those of them whose input does not depend on the image.
+        products: modules that multiply two activations themselves, and how often.
+        behind_products: those that run inside a module with products, after them: the projection of an attention.
+        biases: linears whose parent applies their weight itself, with the bias that it adds (or None).
+        order: all modules in the order of their first call (for ``biases``, of their weight's use).
+    """
+
+    layers: list[str] = field(default_factory=list)
+    constant: set[str] = field(default_factory=set)
+    behind_products: set[str] = field(default_factory=set)
+    products: dict[str, int] = field(default_factory=dict)
+    biases: dict[str, Tensor | None] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width in pixels of the images that a timm model was built for."""
+    # The configuration tells the size of the pretrained weights; in_chans and img_size may have chosen another.
+    channels, *size = resolve_data_config({}, model=model)["input_size"]
+    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = channels if stem is None else stem.in_channels
+    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    return int(channels), int(height), int(width)
+
+
+def classifiers(model: nn.Module) -> list[nn.Module]:
+    """The classifier of a timm model, or its classifiers (distilled models have two); empty if it has none."""
+    getter: Any = getattr(model, "get_classifier", None)
+    found = getter() if getter is not None else None
+    modules = list(found) if isinstance(found, tuple | list | nn.ModuleList) else [found]
+    return [module for module in modules if isinstance(module, nn.Module) and not isinstance(module, nn.Identity)]
+
+
+def survey(model: nn.Module, image_size: tuple[int, int, int]) -> Survey:
+    """Watch ``model``, in evaluation mode, run on two images of ``image_size`` (channels, height, width).
+
+    Raises:
+        ModelError: the model multiplies in a way that gplq cannot quantise; the message names the module.
+    """
+    tensor = next(model.parameters())
+    images = torch.rand(2, *image_size, device=tensor.device, dtype=tensor.dtype)
+    recorder = _Recorder(model)
+    with _frozen_parameters(model), recorder.watching(), torch.enable_grad():
+        model(images.requires_grad_())
+    return recorder.seen
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.owners = {id(m.weight): self.names[id(m)] for m in model.modules() if isinstance(m, nn.Linear)}
+        self.stack: list[nn.Module] = [model]
+        self.seen = Survey()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Install the mode and a hook on every module."""
+        handles = []
+        for module in self.model.modules():
+            handles.append(module.register_forward_pre_hook(self._enter))
+            handles.append(module.register_forward_hook(self._leave, always_call=True))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        name = self.names[id(module)]
+        self.stack.append(module)
+        if name not in self.seen.order:
+            self.seen.order.append(name)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                self._see_layer(name, args[0])
+
+    def _leave(self, *_: Any) -> None:
+        self.stack.pop()
+
+    def _see_layer(self, name: str, x: Tensor) -> None:
+        self.seen.layers.append(name)
+        if not x.requires_grad:
+            self.seen.constant.add(name)
+        if any(self.names[id(module)] in self.seen.products for module in self.stack):
+            self.seen.behind_products.add(name)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the call, then do it."""
+        kwargs = kwargs or {}
+        module = self.stack[-1]
+        if func in MATMULS or func is ATTENTION:
+            a, b = operands(func, args, kwargs)
+            # An attention with learned queries still multiplies two activations: its softmax with the values.
+            if (a.requires_grad and b.requires_grad) or (func is ATTENTION and b.requires_grad):
+                name = self.names[id(module)]
+                self.seen.products[name] = self.seen.products.get(name, 0) + products_in(func)
+            elif (a.requires_grad or b.requires_grad) and any(isinstance(x, nn.Parameter) for x in (a, b)):
+                self._refuse(func, module, "multiplies by a parameter that is not a linear's weight")
+        elif func in _UNSUPPORTED:
+            tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            activations = [x for x in tensors if x.requires_grad]
+            if len(activations) > 1 or (activations and any(isinstance(x, nn.Parameter) for x in tensors)):
+                self._refuse(func, module, "multiplies activations")
+        elif func is F.linear and not isinstance(module, nn.Linear):
+            self._see_linear_call(func, module, args, kwargs)
+        elif func in _CONVOLUTIONS and not isinstance(module, nn.Conv2d):
+            self._refuse(func, module, "convolves")
+        return func(*args, **kwargs)
+
+    def _see_linear_call(self, func: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x, weight, bias = bind_linear(*args, **kwargs)
+        name = self.owners.get(id(weight))
+        if name is None:
+            self._refuse(func, module, "multiplies by a parameter that is not a linear's weight")
+        else:
+            self.seen.order.append(name)
+            self._see_layer(name, x)
+            self.seen.biases[name] = bias
+
+    def _refuse(self, func: Any, module: nn.Module, what: str) -> None:
+        raise ModelError(
+            f"layer '{self.names[id(module)]}' ({type(module).__name__}) {what} with "
+            f"{getattr(func, '__name__', func)}, which gplq cannot put quantisers around. Supported are nn.Linear, "
+            "nn.Conv2d, matmul (@) and scaled_dot_product_attention."
+        )
+
+
+def operands(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The two factors of a matmul, or queries and keys of an attention."""
+    names = ("query", "key") if func is ATTENTION else ("input", "other")
+    first, second = (args[index] if index < len(args) else kwargs[name] for index, name in enumerate(names))
+    return first, second
+
+
+def products_in(func: Callable[..., Any]) -> int:
+    """How many products a function computes: an attention computes two, scores and weighted values."""
+    return 2 if func is ATTENTION else 1
+
+
+def bind_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The arguments of ``F.linear``, however they were passed."""
+    return input, weight, bias
+
+
+@contextmanager
+def _frozen_parameters(model: nn.Module) -> Iterator[None]:
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)

@@ -1,0 +1,206 @@
+"""Every family of timm models through everything: quantise, save, load, export, and parity with ONNX Runtime."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gplq import stage2
+from gplq.calibrate import calibrate
+from gplq.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from gplq.convert import convert, quant_layers, structure_of, units
+from gplq.coverage import FAMILIES, cover
+from gplq.data import ImageSet, Preprocessing, open_images
+from gplq.errors import ModelError
+from gplq.fold import foldable_norms
+from gplq.layers import QuantMatMul
+from gplq.lsq import ActivationQuantizer
+from gplq.models import ModelSpec
+from gplq.recipe import Recipe
+from gplq.survey import input_size
+from gplq_export.lowering import lower
+from gplq_export.parity import compare
+from gplq_export.targets import TARGETS
+from gplq_export.trace import trace
+
+VIT = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2}
+SWIN = {"img_size": 56, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2)}
+# What makes each family small; an empty dict is an architecture that cannot be made smaller from outside.
+TINY = {
+    "ViT, AugReg": VIT,
+    "ViT, relative positions": VIT,
+    "ViT, rotary positions": VIT,
+    "CLIP": VIT,
+    "SigLIP": VIT,
+    "DeiT": VIT,
+    "DeiT, distilled": VIT,
+    "DeiT-3": VIT,
+    "DINOv2": {**VIT, "img_size": 56},
+    "DINOv2, registers": {**VIT, "img_size": 56},
+    "DINOv3": VIT,
+    "EVA-02": {"img_size": 56, "depth": 2},
+    "BEiT": VIT,
+    "BEiT-3": VIT,
+    "Swin": SWIN,
+    "Swin v2": {**SWIN, "img_size": 64},
+    "Swin v2, CR": SWIN,
+    "CaiT": {"img_size": 64, "depth": 2},
+    "XCiT": {"img_size": 64, "depth": 2},
+    "PiT": {"img_size": 64, "depth": (1, 1, 1)},
+    "MViT v2": {},
+    "Hiera": {"stages": (1, 1, 2, 1)},
+    "LeViT": {},
+    "LeViT, convolutions": {},
+    "MaxViT": {"img_size": 64},
+    "CoAtNet": {"img_size": 64},
+}
+# They compute on images of 224 px, whatever one does, or have a hundred layers.
+SLOW = {"MViT v2", "Hiera", "LeViT, convolutions", "MaxViT", "CoAtNet"}
+IMAGES = 5
+
+each_family = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in TINY]
+)
+
+
+def build(family: str) -> tuple[ModelSpec, nn.Module]:
+    spec = ModelSpec(FAMILIES[family], dict(TINY[family]), 7)
+    torch.manual_seed(0)
+    model = spec.build()
+    # timm starts many a layer at zero, so that a freshly made model computes next to nothing.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+            elif name.endswith(("gamma", "gamma1", "gamma_1", "gamma_2", "gamma_3")):
+                parameter.uniform_(0.2, 0.8)
+            elif name.endswith(("norm1.weight", "norm2.weight")):
+                parameter.uniform_(0.5, 2.0)
+    return spec, model
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> "Images":
+    return Images(tmp_path)
+
+
+class Images:
+    """Random images of the size that a model wants, smoothed so that they have edges and areas as photographs do."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def of(self, model: nn.Module) -> tuple[ImageSet, Preprocessing]:
+        size = input_size(model)
+        preprocessing = Preprocessing(size, "bicubic", 1.0, "center", (0.5,) * 3, (0.5,) * 3)
+        coarse = np.random.default_rng(0).integers(0, 256, (IMAGES, size[1] // 8, size[2] // 8, 3), dtype=np.uint8)
+        path = self.folder / "images.npz"
+        np.savez(path, images=coarse.repeat(8, 1).repeat(8, 2), labels=np.zeros(IMAGES, np.int64))
+        return open_images(path, "test", preprocessing), preprocessing
+
+
+def batch(images: ImageSet) -> Tensor:
+    return torch.stack([images[index][0] for index in range(len(images))])
+
+
+def recipe() -> Recipe:
+    calibration = {"images": IMAGES, "matmul_range": "minmax"}
+    return Recipe.from_dict({"calibration": calibration, "stage1": {"enabled": False}, "stage2": {"images": IMAGES}})
+
+
+def test_every_listed_family_is_tested() -> None:
+    assert TINY.keys() == FAMILIES.keys()
+
+
+@each_family
+def test_family_goes_from_timm_to_onnx(family: str, images: Images, tmp_path: Path) -> None:
+    spec, model = build(family)
+    data, preprocessing = images.of(model)
+    x = batch(data)
+    with torch.no_grad():
+        expected = model(x)
+        convert(model, recipe())
+        # Quantisers pass through until they are calibrated: the rebuilt network is the old one.
+        assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    calibrate(model, data, recipe())
+    assert all(q.mode == "quantize" for q in model.modules() if isinstance(q, ActivationQuantizer))
+    stage2.quantize_weights(model, data, recipe())
+    with torch.no_grad():
+        logits = model(x)
+    assert torch.isfinite(logits).all()
+    save_checkpoint(Checkpoint(model, spec, preprocessing, None, recipe(), {}), tmp_path / "model.pt")
+    loaded = load_checkpoint(tmp_path / "model.pt")
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x), logits)
+
+    dialect = trace(loaded)
+    report = compare(loaded.model, lower(dialect, TARGETS["int4"](), {}), data, forced_images=IMAGES, batch_size=IMAGES)
+    assert report.failures() == []
+    assert report.forced_equal().different == 0
+    assert report.blocks.keys() == {"stem", *structure_of(loaded.model).units, "head"}
+    # The other targets write valid graphs of the same network (the checker runs in lower()).
+    for target in ("fp16", "trt-int4"):
+        lower(dialect, TARGETS[target](), {})
+
+
+@each_family
+def test_folding_is_exact(family: str, images: Images) -> None:
+    """Design contract 2: with quantisers bypassed, the folded network has the logits of the unfolded one."""
+    _, model = build(family)
+    data, _ = images.of(model)
+    x = batch(data)
+    convert(model, recipe())
+    with torch.no_grad():
+        expected = model(x)
+    norms = foldable_norms(model)
+    generator = torch.Generator().manual_seed(0)
+    from gplq.fold import fold_channels, readers
+
+    for name, layer in quant_layers(model):
+        if layer.input_quantizer.per_channel:
+            linears = readers(layer)
+            scale = torch.rand(linears[0].weight.shape[1], generator=generator) + 0.1
+            factor = fold_channels(scale, linears, norms.get(name))
+            if factor is not None:
+                layer.input_quantizer.register_forward_pre_hook(lambda _, args, factor=factor: (args[0] * factor,))
+    with torch.no_grad():
+        found = model(x)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_products_are_all_quantised() -> None:
+    _, model = build("Swin")
+    convert(model, recipe())
+    products = [module for module in model.modules() if isinstance(module, QuantMatMul)]
+    assert len(products) == 2 * sum(SWIN["depths"])  # type: ignore[arg-type]
+    assert [name for name, _ in units(model)] == [
+        "layers.0.blocks.0",
+        "layers.0.blocks.1",
+        "layers.1.downsample",
+        "layers.1.blocks.0",
+        "layers.1.blocks.1",
+    ]
+
+
+def test_norm_that_others_read_is_not_folded() -> None:
+    """CaiT's class attention reads one norm through three linears with scales of their own."""
+    _, model = build("CaiT")
+    convert(model, recipe())
+    norms = foldable_norms(model)
+    assert "blocks.0.attn.qkv" in norms and "blocks.0.mlp.fc1" in norms
+    assert not any(name.endswith((".attn.q", ".attn.k", ".attn.v", ".mlp.fc2")) for name in norms)
+
+
+@pytest.mark.parametrize("architecture", ["swiftformer_xs", "coat_tiny"])
+def test_unsupported_model_is_refused_by_the_name_of_the_layer(architecture: str) -> None:
+    with pytest.raises(ModelError, match=r"layer '.*' \(.*\)"):
+        cover(architecture)
+
+
+def test_coverage_counts_what_convert_quantises() -> None:
+    found = cover("swin_tiny_patch4_window7_224")
+    # 12 blocks of qkv, proj, fc1, fc2; three patch mergings; the classifier; two products in each block.
+    assert (found.linears, found.convolutions, found.products, found.share) == (12 * 4 + 3 + 1, 1, 24, 1.0)
+    assert cover("swinv2_tiny_window8_256").floats["layers.0.blocks.0.attn.cpb_mlp.0"].startswith("its input does not")
