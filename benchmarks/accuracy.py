@@ -1,56 +1,188 @@
-"""Top-1 of the demo model for several recipes and seeds, as dated JSON: what method, scale grid and rounding are worth.
+r"""Top-1 of one model under many recipes and seeds, as dated JSON: what each part of the method is worth.
 
-    python benchmarks/accuracy.py --out benchmarks/results                       # the embedded 2,048 test images
-    python benchmarks/accuracy.py --eval fashion_mnist.npz --out …               # the full 10,000
+    python benchmarks/accuracy.py calib/fashion_mnist/vit --data calib/fashion_mnist/fashion_mnist.npz \
+        --name demo --recipes recipes/demo.yaml recipes/naive.yaml --seeds 0 1 2
 
-The recipe in ``recipes/demo.yaml`` was chosen by looking at the embedded test images, so that its figures on them are
-slightly optimistic; the differences between rows are what this is for.
+    python benchmarks/accuracy.py dinov2_fashion70.safetensors --arch vit_small_patch14_dinov2 --model-arg img_size=70 \
+        --data fashion_mnist.npz --name dinov2 --recipes recipes/ablation/*.yaml --images 2000
+
+Every row is a recipe that ``gplq quantize --recipe`` takes. Rows with the same Stage 1 (calibration, Stage 1 and
+seed) share its result. Each row is measured on the same test images as the float model, so that differences to it are
+paired: their interval is far narrower than those of the accuracies. The file is written after every row; the same
+command goes on where it was.
 """
 
 import argparse
-import tempfile
+import ast
+import copy
+import hashlib
+import json
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from gplq import Recipe, load_model, quantize
+from gplq import Recipe, load_model, stage1, stage2
+from gplq.calibrate import activation_quantizers, calibrate
+from gplq.convert import convert
+from gplq.data import ImageSet, batches, check_labels, open_images
+from gplq.evaluate import Accuracy
 from gplq.files import write_json
+from gplq.models import FloatModel
+from gplq.progress import progress
 from gplq.provenance import environment
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "calib/fashion_mnist/fashion_mnist.npz"
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, images: ImageSet) -> Tensor:
+    """[n, classes]."""
+    found = []
+    with progress(len(images), "top-1", "image") as bar:
+        for inputs, labels in batches(images, 100):
+            found.append(model(inputs))
+            bar.update(len(labels))
+    return torch.cat(found)
 
 
-def variants() -> dict[str, dict[str, Any]]:
-    """Name -> recipe as plain data."""
-    demo = Recipe.from_yaml(ROOT / "recipes/demo.yaml").to_dict()
-    found = {"naive": Recipe.from_yaml(ROOT / "recipes/naive.yaml").to_dict()}
-    found |= {f"demo, seed {seed}": {**demo, "seed": seed} for seed in (0, 1, 2)}
-    found["demo, exact scale grid"] = {**demo, "scale_grid": "exact"}
-    found["demo, rounding to nearest"] = {**demo, "stage2": {**demo["stage2"], "rounding": "nearest"}}
-    found["demo, no Stage 1"] = {**demo, "stage1": {**demo["stage1"], "enabled": False}}
-    return found
+def compare(logits: Tensor, reference: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Accuracy, and the paired difference to the float model in points with its 95 % interval."""
+    right, right_before = logits.argmax(1) == labels, reference.argmax(1) == labels
+    difference = right.double() - right_before.double()
+    half = 1.96 * float(difference.std()) / len(labels) ** 0.5
+    divergence = F.kl_div(logits.log_softmax(1), reference.log_softmax(1), log_target=True, reduction="batchmean")
+    return {
+        "top1": Accuracy(int(right.sum()), len(labels)).to_dict(),
+        "minus_fp32": {"points": round(100 * float(difference.mean()), 3), "half_interval": round(100 * half, 3)},
+        "same_label_as_fp32": round(100 * float((logits.argmax(1) == reference.argmax(1)).double().mean()), 3),
+        "kl": round(float(divergence), 5),
+    }
+
+
+def weight_change(before: nn.Module, after: nn.Module) -> dict[str, float]:
+    """How far Stage 1 moved the weights of the linears, mean over layers: |dW| and |dW| / |W|."""
+    old, new = dict(before.named_parameters()), dict(after.named_parameters())
+    pairs = [(old[name], new[name]) for name in old if old[name].ndim == 2]
+    absolute = [float((b - a).abs().mean()) for a, b in pairs]
+    relative = [float((b - a).abs().mean() / a.abs().mean()) for a, b in pairs]
+    return {"mean_absolute": sum(absolute) / len(pairs), "relative": sum(relative) / len(pairs)}
+
+
+class Bench:
+    """One float model, its data, and the results so far."""
+
+    def __init__(self, source: FloatModel, data: str, images: int | None, path: Path) -> None:
+        self.source, self.path = source, path
+        self.train = open_images(data, "train", source.preprocessing)
+        self.test = open_images(data, "test", source.preprocessing).head(images)
+        for split in (self.train, self.test):
+            check_labels(split, source.spec.num_classes, source.label_names)
+        self.labels = torch.as_tensor(list(self.test.labels))
+        self.reference = logits_of(source.model, self.test)
+        self.fp32 = Accuracy(int((self.reference.argmax(1) == self.labels).sum()), len(self.labels))
+        print(f"FP32 {self.fp32}  (n = {self.fp32.n})", flush=True)
+        self.rows: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() else {}
+        self.students: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
+
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        """Of a model on the test images."""
+        return compare(logits_of(model, self.test), self.reference, self.labels)
+
+    def student(self, recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
+        """The model after Stage 1, and what was measured on it."""
+        content = recipe.to_dict()
+        parts = {key: content[key] for key in content if key not in ("stage2", "weight_bits", "scale_grid")}
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        if key not in self.students:
+            self.students.clear()  # rows come sorted by Stage 1
+            self.students[key] = self._train(recipe)
+        return self.students[key]
+
+    def _train(self, recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
+        begin = time.monotonic()
+        student = convert(copy.deepcopy(self.source.model), recipe)
+        calibrate(student, self.train, recipe)
+        before = copy.deepcopy(student)
+        if recipe.stage1.enabled:
+            stage1.train(student, self.source.model, self.train, recipe, None, lambda _: None)
+        result: dict[str, Any] = {"stage1_seconds": round(time.monotonic() - begin, 1), "w32": self.measure(student)}
+        if recipe.stage1.enabled:
+            result["weight_change"] = weight_change(before, student)
+            quantizers = activation_quantizers(student).values()
+            for quantizer in quantizers:
+                quantizer.mode = "float"
+            few = self.test.head(2000)  # whether the weights are still in their basin shows on a part as well
+            labels = torch.as_tensor(list(few.labels))
+            result["fp32_inside"] = compare(logits_of(student, few), logits_of(self.source.model, few), labels)
+            for quantizer in quantizers:
+                quantizer.mode = "quantize"
+        return student, result
+
+    def run(self, name: str, recipe: Recipe) -> None:
+        """Measure one row, unless it is there."""
+        if name in self.rows:
+            return
+        student, row = self.student(recipe)
+        model = copy.deepcopy(student)
+        begin = time.monotonic()
+        reports = stage2.quantize_weights(model, self.train, recipe)
+        row = {
+            "recipe": recipe.to_dict(),
+            **row,
+            "stage2_seconds": round(time.monotonic() - begin, 1),
+            "w4": self.measure(model),
+            "stage2_error_of_last_unit": reports[-1].error,
+            "added_bytes": sum(entry.added_bytes for report in reports for entry in report.compensations),
+        }
+        self.rows[name] = row
+        head = {"fp32": self.fp32.to_dict(), "threads": torch.get_num_threads(), "source_sha256": self.source.sha256}
+        write_json(self.path, {"schema_version": "2.0", **environment(), **head, "rows": self.rows})
+        print(f"{name:40} W32A4 {_line(row['w32'])}   W4A4 {_line(row['w4'])}", flush=True)
+
+
+def _line(result: dict[str, Any]) -> str:
+    difference = result["minus_fp32"]
+    return (
+        f"{result['top1']['percent']:.2f} ({difference['points']:+.2f} ± {difference['half_interval']:.2f}, "
+        f"KL {result['kl']:.4f})"
+    )
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def main() -> None:
-    """Run every variant and write one file."""
+    """Run every recipe with every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--eval", type=Path, help="npz with other test images")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the JSON")
+    parser.add_argument("model")
+    parser.add_argument("--arch")
+    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--recipes", type=Path, nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--images", type=int, help="measure on so many test images, evenly spread (default: all)")
+    parser.add_argument("--name", required=True, help="of the result: DATE-accuracy-NAME.json")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
-    results = {}
-    for name, content in variants().items():
-        print(f"== {name}")
-        source = load_model(str(ROOT / "calib/fashion_mnist/vit"))
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "model.pt"
-            accuracies = quantize(source, DATA, out, Recipe.from_dict(content), eval_data=arguments.eval)
-            results[name] = {"recipe": content, "checkpoint_bytes": out.stat().st_size}
-        results[name]["top1"] = {key: accuracy.to_dict() for key, accuracy in accuracies.items()}
-    path = arguments.out / f"{datetime.now(UTC):%Y-%m-%d}-accuracy.json"
-    write_json(path, {"schema_version": "1.0", **environment(), "threads": torch.get_num_threads(), "results": results})
+    model_args = {key: _value(value) for key, _, value in (text.partition("=") for text in arguments.model_arg)}
+    source = load_model(arguments.model, arch=arguments.arch, model_args=model_args)
+    path = arguments.out / f"{datetime.now(UTC):%Y-%m-%d}-accuracy-{arguments.name}.json"
+    bench = Bench(source, arguments.data, arguments.images, path)
+    rows = []
+    for file in arguments.recipes:
+        content = Recipe.from_yaml(file).to_dict()
+        rows += [(f"{file.stem}, seed {seed}", Recipe.from_dict({**content, "seed": seed})) for seed in arguments.seeds]
+    # Neighbours share their Stage 1.
+    rows.sort(key=lambda row: json.dumps({**row[1].to_dict(), "stage2": None}, sort_keys=True, default=str))
+    for name, recipe in rows:
+        bench.run(name, recipe)
     print(f"wrote {path}")
 
 

@@ -5,8 +5,9 @@
 
 Both steps are forward, backward and AdamW on the same model, batch and precision; Stage 1 has its quantisers, the
 forward pass of the teacher and the PCA loss in addition. Time: the two are run in turn, in one process; the ratio is of
-neighbours. Memory: the highest total in a process of its own each, above what it held before the model was built; on
-CUDA what PyTorch allocated, on a CPU the resident set.
+neighbours. Memory: the most that PyTorch had allocated at a time, in a process of its own each: on CUDA what its
+allocator counts, on a CPU what its profiler does. There the resident set is measured too, above what it was before the
+model was built; with it come the libraries' own buffers.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -28,11 +30,11 @@ from torch import Tensor, nn
 
 from gplq import Recipe
 from gplq.calibrate import calibrate_on
+from gplq.convert import convert
 from gplq.files import write_json
-from gplq.layers import convert
 from gplq.pca import Features
 from gplq.provenance import environment
-from gplq.stage1 import AUTOCAST, Trainer, distillation
+from gplq.stage1 import AUTOCAST, Trainer, distillation, make_teacher
 
 
 def build(arguments: argparse.Namespace) -> nn.Module:
@@ -72,13 +74,12 @@ def stage1_step(arguments: argparse.Namespace) -> Callable[[], None]:
     settings["teacher_precision"] = arguments.teacher_precision
     recipe = Recipe.from_dict({"stage1": {"batch_size": arguments.batch, **settings}})
     teacher, data = build(arguments), batch(arguments)
+    make_teacher(teacher, recipe.stage1)
     student = convert(build(arguments), recipe)
     calibrate_on(student, lambda part: student(part[0]), [data], 1, recipe)
     # Never left: the taps stay for as long as the process.
     features, targets = Features(student).__enter__(), Features(teacher).__enter__()
-    with torch.no_grad():
-        teacher(data[0])
-    random = torch.randn(targets.value.shape[1], arguments.directions, device=arguments.device)
+    random = torch.randn(teacher.num_features, arguments.directions, device=arguments.device)
     loss = distillation(teacher, features, targets, torch.linalg.qr(random)[0], recipe.stage1)
     trainer = Trainer(student, loss, recipe)
 
@@ -100,15 +101,28 @@ def seconds(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(kind: str, arguments: argparse.Namespace) -> int:
+def peak_bytes(kind: str, counter: str, arguments: argparse.Namespace) -> int:
     """Peak memory of three steps, in this process; see the top."""
-    before = _resident("VmRSS")
-    step = STEPS[kind](arguments)
-    for _ in range(3):
-        step()
+
+    def steps() -> None:
+        step = STEPS[kind](arguments)
+        for _ in range(3):
+            step()
+
     if arguments.device == "cuda":
+        steps()
         return torch.cuda.max_memory_allocated()
-    return _resident("VmHWM") - before
+    if counter == "resident":
+        before = _resident("VmRSS")
+        steps()
+        return _resident("VmHWM") - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        steps()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
 
 
 def _resident(key: str) -> int:
@@ -117,9 +131,9 @@ def _resident(key: str) -> int:
     return int(status.split(f"{key}:")[1].split()[0]) * 1024
 
 
-def peak_bytes_elsewhere(kind: str) -> int:
+def peak_bytes_elsewhere(kind: str, counter: str) -> int:
     """:func:`peak_bytes` in a process of its own."""
-    command = [sys.executable, *sys.argv, "--peak", kind]
+    command = [sys.executable, *sys.argv, "--peak", kind, counter]
     # Freed memory goes back at once, so that the peak is what was in use and not what was kept for later.
     environ = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environ).stdout.split()[-1])
@@ -134,15 +148,15 @@ def main() -> None:
     parser.add_argument("--directions", type=int, default=128, help="of the PCA loss")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--precision", choices=list(AUTOCAST), default="fp32")
-    parser.add_argument("--teacher-precision", choices=list(AUTOCAST), help="default: as --precision")
+    parser.add_argument("--teacher-precision", choices=list(AUTOCAST), help="default: the recipe's")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in Stage 1 (only there)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7, help="pairs of steps that are timed")
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON")
-    parser.add_argument("--peak", choices=list(STEPS), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak is not None:
-        print(peak_bytes(arguments.peak, arguments))
+        print(peak_bytes(*arguments.peak, arguments))
         return
     results: dict[str, Any] = {"settings": {**vars(arguments), "out": str(arguments.out)}}
     steps = {kind: make(arguments) for kind, make in STEPS.items()}
@@ -155,10 +169,14 @@ def main() -> None:
     ratios = [ours / theirs for ours, theirs in zip(times["stage1"], times["float"], strict=True)]
     results["seconds"] = times
     results["time_ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-    results["peak_bytes"] = {kind: peak_bytes_elsewhere(kind) for kind in STEPS}
-    results["memory_ratio"] = results["peak_bytes"]["stage1"] / results["peak_bytes"]["float"]
+    results["peak_bytes"], results["memory_ratio"] = {}, {}
+    for counter in ["allocated"] if arguments.device == "cuda" else ["allocated", "resident"]:
+        peaks = {kind: peak_bytes_elsewhere(kind, counter) for kind in STEPS}
+        results["peak_bytes"][counter] = peaks
+        results["memory_ratio"][counter] = peaks["stage1"] / peaks["float"]
     print(json.dumps(results, indent=2))
-    path = arguments.out / f"{datetime.now(UTC):%Y-%m-%d}-stage1-cost-{arguments.device}-{arguments.precision}.json"
+    name = f"stage1-cost-{arguments.device}-{arguments.precision}-{arguments.img_size}px.json"
+    path = arguments.out / f"{datetime.now(UTC):%Y-%m-%d}-{name}"
     write_json(path, {"schema_version": "1.0", **environment(), "threads": torch.get_num_threads(), "results": results})
     print(f"wrote {path}")
 

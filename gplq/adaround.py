@@ -26,8 +26,8 @@ _START = 0.8  # weight of the present code in the first h; the rest is the exact
 class _SoftLinear(nn.Module):
     """A linear whose weights lie between two codes each."""
 
-    def __init__(self, linear: IntegerLinear, weight: Tensor) -> None:
-        """``weight``: [N, K], the float weight that ``linear``'s codes were made from."""
+    def __init__(self, linear: IntegerLinear, weight: Tensor, offset: Tensor | None) -> None:
+        """``weight``: [N, K], the float weight that ``linear``'s codes were made from; ``offset``: of its input."""
         super().__init__()
         low, high = code_limits(linear.bits, signed=True)
         codes, exact = linear.codes.float(), weight / linear.weight_scale[:, None]
@@ -37,14 +37,19 @@ class _SoftLinear(nn.Module):
         share = (1 - _START) * (exact - self.low).clamp(0, 1) + _START * (codes - self.low)
         share = share.clamp(0.01, 0.99)
         self.v = nn.Parameter(torch.logit((share + _SHIFT) / _STRETCH))
-        self.scale, self.bias = linear.weight_scale, linear.bias
+        self.scale, self.bias, self.offset = linear.weight_scale, linear.bias, None
+        if offset is not None and linear.bias is not None:
+            # The present bias takes away what the offset adds with the present codes.
+            self.offset = offset.expand(weight.shape[1])
+            self.bias = linear.bias + (codes * self.scale[:, None]) @ self.offset
 
     def share(self) -> Tensor:
         """h, [N, K], in 0 … 1."""
         return (_STRETCH * torch.sigmoid(self.v) - _SHIFT).clamp(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, (self.low + self.share()) * self.scale[:, None], self.bias)
+        weight = (self.low + self.share()) * self.scale[:, None]
+        return F.linear(x if self.offset is None else x - self.offset, weight, self.bias)
 
     def codes(self) -> Tensor:
         """The code that each weight is nearest to by now, int8 [N, K]."""
@@ -56,10 +61,11 @@ class _SoftQuantizer(nn.Module):
 
     def __init__(self, quantizer: FrozenQuantizer) -> None:
         super().__init__()
-        self.scale, self.pre_scale = quantizer.scale, quantizer.pre_scale
+        self.scale, self.pre_scale, self.pre_shift = quantizer.scale, quantizer.pre_scale, quantizer.pre_shift
         self.bits, self.signed = quantizer.bits, quantizer.signed
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.pre_shift is None else x + self.pre_shift
         x = x if self.pre_scale is None else x * self.pre_scale
         low, high = code_limits(self.bits, self.signed)
         inside = x.clamp(low * self.scale, high * self.scale)
@@ -91,7 +97,8 @@ def learn_codes(
         if isinstance(module, FrozenQuantizer):
             soft = _replace(soft, name, _SoftQuantizer(module))
         elif isinstance(module, IntegerLinear):
-            soft = _replace(soft, name, _SoftLinear(module, weights[name]))
+            layer: Any = block.get_submodule(name.rpartition(".")[0]) if "." in name else block
+            soft = _replace(soft, name, _SoftLinear(module, weights[name], layer.input_quantizer.offset))
     linears = {name: module for name, module in soft.named_modules() if isinstance(module, _SoftLinear)}
     for parameter in soft.parameters():
         parameter.requires_grad_(False)

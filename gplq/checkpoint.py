@@ -9,7 +9,7 @@ It is written by ``torch.save`` and holds a dict of plain data and tensors only,
     label_names               list of str, or None
     recipe                    every setting (gplq.recipe)
     provenance                hashes of the inputs, seeds, versions of the tools, measured accuracies
-    quantizers                name -> {scale [], pre_scale [C] or None, bits, signed}
+    quantizers                name -> {scale [], pre_scale [C] or None, pre_shift [] or None, bits, signed}
     linears                   name -> {codes uint8 (4-bit: two a byte), shape, scale [N], bias [N] or None, bits}
     floats                    name -> tensor: norms, embeddings and whatever else is not quantised
     compensated               names of the blocks with a compensation, whose tensors are FP16 (absent before 1.1)
@@ -35,11 +35,13 @@ from gplq.files import atomic_path, sha256
 from gplq.grid import pack_codes, unpack_codes
 from gplq.integer import FrozenQuantizer, IntegerLinear, integer_layer
 from gplq.lsq import ActivationQuantizer
-from gplq.models import ModelSpec
+from gplq.models import BACKBONE_ARGS, ModelSpec
 from gplq.recipe import Recipe
 
 SCHEMA = "gplq.checkpoint"
 SCHEMA_VERSION = (1, 1)
+_FEW_BLOCKS = 100  # are built within a second
+_LARGE = 700_000_000  # parameters, 2.8 GB: more than any network of several stages in timm has
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -48,7 +50,8 @@ class Checkpoint:
     """A quantised model with everything that belongs to it.
 
     Attributes:
-        model: frozen, in evaluation mode; images [B, C, H, W] -> logits [B, classes].
+        model: frozen, in evaluation mode; images [B, C, H, W] -> logits [B, classes], features [B, D] or a list of
+            feature maps, as ``spec`` says.
         sha256: of the file that it was read from; empty before it is saved.
     """
 
@@ -93,7 +96,13 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "recipe": checkpoint.recipe.to_dict(),
         "provenance": checkpoint.provenance,
         "quantizers": {
-            name: {"scale": q.scale, "pre_scale": q.pre_scale, "bits": q.bits, "signed": q.signed}
+            name: {
+                "scale": q.scale,
+                "pre_scale": q.pre_scale,
+                "pre_shift": q.pre_shift,
+                "bits": q.bits,
+                "signed": q.signed,
+            }
             for name, q in quantizers.items()
         },
         "linears": {
@@ -118,7 +127,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint; its model's logits are bit-identical to those before saving.
+    """Read a checkpoint; its model's outputs are bit-identical to those before saving.
 
     Raises:
         CheckpointError: the file is missing, damaged, hostile, or from a newer version of gplq.
@@ -142,7 +151,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def load(path: str | Path) -> nn.Module:
-    """The quantised model in a checkpoint: images, float32 [B, C, H, W] -> logits, float32 [B, classes].
+    """The quantised model in a checkpoint: images, float32 [B, C, H, W] -> logits, float32 [B, classes], or features.
 
     Raises:
         CheckpointError: the file is missing, damaged, hostile, or from a newer version of gplq.
@@ -200,12 +209,17 @@ def _rebuild(content: dict[str, Any], path: Path) -> Checkpoint:
         trained = model.get_submodule(name)
         if not isinstance(trained, ActivationQuantizer):
             raise TypeError(f"{spec.architecture} has no quantiser {name}")
-        if entry["bits"] != trained.bits or trained.signed not in (None, entry["signed"]):
+        free = trained.signed is None or entry["pre_shift"] is not None
+        if entry["bits"] != trained.bits or not (free or trained.signed == entry["signed"]):
             raise ValueError(f"the bits of {name} are not those of the recipe")
         if entry["pre_scale"] is not None:
             _check(entry["pre_scale"], (entry["pre_scale"].numel(),), f"{name} (pre_scale)")
+        if entry["pre_shift"] is not None:
+            _check(entry["pre_shift"], (), f"{name} (pre_shift)")
         _check(entry["scale"], (), name)
-        quantizer = FrozenQuantizer(entry["scale"], entry["pre_scale"], entry["bits"], bool(entry["signed"]), name)
+        quantizer = FrozenQuantizer(
+            entry["scale"], entry["pre_scale"], entry["bits"], bool(entry["signed"]), name, entry["pre_shift"]
+        )
         model.set_submodule(name, quantizer)
     # Before any of them is replaced.
     bits = {f"{name}.{child}": layer.weight_bits for name, layer in quant_layers(model) for child in ("linear", *"qkv")}
@@ -261,11 +275,13 @@ def _check_size(
 ) -> None:
     """Refuse before allocating anything if the architecture named is not of the size of the file's tensors."""
     depth = [spec.model_args.get(key, 0) for key in ("depth", "depths", "stages")]
-    # Building millions of blocks takes long on any device.
-    if sum(int(blocks) for blocks in tree_leaves(depth)) > len(linears):
+    # Building millions of blocks takes long on any device. (A backbone throws those away that no feature needs.)
+    if sum(int(blocks) for blocks in tree_leaves(depth)) > max(len(linears), _FEW_BLOCKS):
         raise ValueError(f"a depth of {depth} for {len(linears)} linears")
-    with torch.device("meta"):
-        declared = sum(parameter.numel() for parameter in spec.build().parameters())
+    declared, built = _parameters(spec), 0
+    if spec.model_args.get("features_only"):  # is built as a whole before timm throws parts of it away
+        args = {key: value for key, value in spec.model_args.items() if key not in BACKBONE_ARGS}
+        built = _parameters(ModelSpec(spec.architecture, args, 0))
     added = sum(tensor.numel() for name, tensor in floats.items() if name.startswith(_inside(compensated)))
     stored = sum(tensor.numel() for tensor in floats.values()) - added
     for entry in linears.values():
@@ -274,9 +290,16 @@ def _check_size(
     # The tensors' own sizes prove nothing: many elements of one can lie on the same byte of the file.
     if max(declared, added) > 2 * file_size:
         raise ValueError(f"{spec.architecture} has {declared:,} parameters, the file {file_size:,} bytes")
+    if built > max(2 * file_size, _LARGE):
+        raise ValueError(f"{spec.architecture} has {built:,} parameters as a whole, the file {file_size:,} bytes")
     # Buffers, and the padding of an odd number of nibbles, are all that the two may differ by.
     if not 0.99 * declared <= stored <= 1.01 * declared + 4096:
         raise ValueError(f"{spec.architecture} has {declared:,} parameters, the file {stored:,}")
+
+
+def _parameters(spec: ModelSpec) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in spec.build().parameters())
 
 
 def _check(scale: Tensor, shape: tuple[int, ...], name: str) -> None:

@@ -80,7 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--skip-bad-images", action="store_true", help=SKIP)
     quantize.add_argument("--recipe", type=Path, help="YAML recipe (default: the paper's; see 'gplq recipe')")
     quantize.add_argument("--arch", help="timm architecture, if MODEL is a weights file")
-    quantize.add_argument("--num-classes", type=positive, help="classes of a weights file (default: from its head)")
+    quantize.add_argument(
+        "--num-classes",
+        type=not_negative,
+        help="classes of a weights file (default: from its head); 0: without the classifier, any model",
+    )
     quantize.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE", help="such as img_size=70")
     quantize.add_argument("--force", action="store_true", help="overwrite --out")
     quantize.set_defaults(run=_quantize)
@@ -136,7 +140,10 @@ def _quantize(arguments: argparse.Namespace) -> None:
     )
     print(f"wrote {arguments.out} ({arguments.out.stat().st_size:,} bytes)")
     data = shlex.quote(arguments.eval or arguments.data)
-    print(f"next: gplq-export {arguments.out} --int4 --trt --data {data} --out dist")
+    # Labels that it has been done without need not exist.
+    unlabelled = source.spec.num_classes > 0 and not arguments.eval and recipe.stage1.task_weight == 0
+    flags = "--int4 --trt --no-labels" if unlabelled else "--int4 --trt"
+    print(f"next: gplq-export {arguments.out} {flags} --data {data} --out dist")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -145,6 +152,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     from gplq.evaluate import top1
 
     checkpoint = load_checkpoint(arguments.checkpoint)
+    if checkpoint.spec.num_classes == 0:
+        raise UsageError(f"{arguments.checkpoint} has no classifier, and so no accuracy. gplq-export --data checks it.")
     images = open_test_images(
         arguments.data, checkpoint, arguments.images, "skip" if arguments.skip_bad_images else "fail"
     )
@@ -193,7 +202,16 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 def positive(text: str) -> int:
     """An argument that is an integer of at least 1."""
+    return _at_least(1, text)
+
+
+def not_negative(text: str) -> int:
+    """An argument that is an integer of at least 0."""
+    return _at_least(0, text)
+
+
+def _at_least(lowest: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
+    if value < lowest:
+        raise argparse.ArgumentTypeError(f"must be at least {lowest}, found {value}")
     return value

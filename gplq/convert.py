@@ -207,6 +207,7 @@ class _QuantizerFactory:
             recipe.first_last_bits,
         )
         self.per_channel = recipe.stage1.granularity == "per_channel"
+        self.shift = recipe.calibration.shift
 
     def operand(self, signed: bool | None) -> ActivationQuantizer:
         """For a factor of a product: one scale."""
@@ -230,6 +231,8 @@ class _QuantizerFactory:
             # fuse an attention only with one scale at its output.
             quantizer = self.input(per_channel=isinstance(layer, nn.Linear) and not behind_products)
         if isinstance(layer, nn.Linear):
+            # What a shift adds, the bias takes away.
+            quantizer.shiftable = self.shift and not edge and layer.bias is not None
             return QuantLinear(layer, quantizer, bits)
         assert isinstance(layer, nn.Conv2d)
         return (QuantPatchConv if QuantPatchConv.fits(layer) else QuantConv)(layer, quantizer, bits)

@@ -228,15 +228,21 @@ def _find(data: str, split: str, need_labels: bool) -> Found:
 
 
 def open_test_images(
-    data: str | Path, checkpoint: "Checkpoint", limit: int | None, bad_images: BadImages = "fail"
+    data: str | Path,
+    checkpoint: "Checkpoint",
+    limit: int | None,
+    bad_images: BadImages = "fail",
+    *,
+    need_labels: bool = True,
 ) -> ImageSet:
-    """At most ``limit`` test images of ``data``, evenly spread, with the labels of a checkpoint's model.
+    """At most ``limit`` test images of ``data``, evenly spread, with the labels of a checkpoint's model if needed.
 
     Raises:
         DataError: see :func:`open_images` and :func:`check_labels`.
     """
-    images = open_images(data, "test", checkpoint.preprocessing, bad_images=bad_images)
-    check_labels(images, checkpoint.spec.num_classes, checkpoint.label_names)
+    images = open_images(data, "test", checkpoint.preprocessing, need_labels=need_labels, bad_images=bad_images)
+    if need_labels:
+        check_labels(images, checkpoint.spec.num_classes, checkpoint.label_names)
     return images.head(limit)
 
 

@@ -1,11 +1,12 @@
-"""Top-1 accuracy, with the interval that its sample size allows."""
+"""How good a model is, with the interval that the sample size allows: top-1, or closeness to the float model."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gplq.data import ImageSet, batches
 from gplq.pca import Features
@@ -67,6 +68,48 @@ class Agreement(Accuracy):
         return {**super().to_dict(), "cosine": round(self.cosine, 6)}
 
 
+@dataclass(frozen=True)
+class Similarity:
+    """Cosine between what two models return for the same image, for models without a classifier.
+
+    Attributes:
+        mean: over ``n`` images. ``deviation``: its standard deviation over them.
+
+    >>> print(Similarity(mean=0.98765, deviation=0.01, n=100))
+    0.98765 [0.98569, 0.98961]
+    """
+
+    mean: float
+    deviation: float
+    n: int
+
+    @classmethod
+    def of(cls, count: float, sum_: float, squares: float) -> "Similarity":
+        """From the number of cosines, their sum and that of their squares."""
+        mean = sum_ / count
+        return cls(mean, math.sqrt(max(squares / count - mean * mean, 0.0)), int(count))
+
+    def interval(self) -> tuple[float, float]:
+        """The normal 95 % interval of the mean."""
+        half = 1.96 * self.deviation / math.sqrt(self.n)
+        return self.mean - half, self.mean + half
+
+    def __str__(self) -> str:
+        low, high = self.interval()
+        return f"{self.mean:.5f} [{low:.5f}, {high:.5f}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, rounded to 1e-6."""
+        return {"cosine": round(self.mean, 6), "interval": [round(x, 6) for x in self.interval()], "n": self.n}
+
+
+def cosines(a: Any, b: Any) -> Tensor:
+    """For each image, [B], FP64: the cosine between two models' outputs; of several outputs, the mean of theirs."""
+    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
+    each = [torch.cosine_similarity(x.double().flatten(1), y.double().flatten(1)) for x, y in pairs]
+    return torch.stack(each).mean(0)
+
+
 @torch.inference_mode()
 def top1(model: nn.Module, images: ImageSet, what: str, batch_size: int = 128) -> Accuracy:
     """Top-1 of ``model`` on ``images``; ``what`` names the run in the progress line. Processes share the images."""
@@ -98,3 +141,17 @@ def agreement(model: nn.Module, teacher: nn.Module, images: ImageSet, what: str,
             bar.update(len(labels) * processes().num_processes)
     correct, count, cosine = total(sums).tolist()
     return Agreement(int(correct), int(count), cosine / count)
+
+
+@torch.inference_mode()
+def similarity(model: nn.Module, teacher: nn.Module, images: ImageSet, what: str, batch_size: int = 128) -> Similarity:
+    """How close the outputs of ``model`` are to those of ``teacher``, both on one device; else as :func:`top1`."""
+    device = device_of(teacher)
+    sums = torch.zeros(3, dtype=torch.float64)
+    with progress(len(images), f"{what} against the float model", "image") as bar:
+        for inputs, labels in batches(images, batch_size, share(range(len(images)))):
+            inputs = inputs.to(device)
+            found = cosines(model(inputs), teacher(inputs)).cpu()
+            sums += torch.stack([torch.tensor(len(found)), found.sum(), found.square().sum()])
+            bar.update(len(labels) * processes().num_processes)
+    return Similarity.of(*total(sums).tolist())

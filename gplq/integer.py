@@ -16,23 +16,43 @@ class FrozenQuantizer(nn.Module):
     Attributes:
         scale: [], FP16-exact, > 0.
         pre_scale: [C] or None.
+        pre_shift: [] or None: added before the multiplication; the bias of the linear behind takes it away again.
         rounding: False turns the quantiser into a plain multiplication, for the float twin of the same network.
     """
 
     scale: Tensor
     pre_scale: Tensor | None
+    pre_shift: Tensor | None
 
-    def __init__(self, scale: Tensor, pre_scale: Tensor | None, bits: int, signed: bool, name: str) -> None:
+    def __init__(
+        self,
+        scale: Tensor,
+        pre_scale: Tensor | None,
+        bits: int,
+        signed: bool,
+        name: str,
+        pre_shift: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.bits, self.signed, self.name = bits, signed, name
         self.rounding = True
         self.register_buffer("scale", scale)
         self.register_buffer("pre_scale", pre_scale)
+        self.register_buffer("pre_shift", pre_shift)
+
+    @property
+    def offset(self) -> Tensor | None:
+        """By how much codes * scale are too large because of the shift, [] or [C]; None without one."""
+        if self.pre_shift is None or self.pre_scale is None:
+            return self.pre_shift
+        return self.pre_shift * self.pre_scale
 
     def forward(self, x: Tensor) -> Codes:
         """[..., C] -> codes of the same shape, and the scale."""
         if self.rounding:
-            return Codes(ops.quantize(x, self.scale, self.pre_scale, self.bits, self.signed, self.name), self.scale)
+            before = self.pre_shift, self.pre_scale
+            return Codes(ops.quantize(x, self.scale, *before, self.bits, self.signed, self.name), self.scale)
+        x = x if self.pre_shift is None else x + self.pre_shift
         return Codes((x if self.pre_scale is None else x * self.pre_scale) / self.scale, self.scale)
 
 

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from gplq import ops
 from gplq.errors import ModelError
-from gplq.lsq import ActivationQuantizer
+from gplq.lsq import ActivationQuantizer, recomputed, shifted
 from gplq.ops import Codes
 from gplq.survey import ATTENTION, MATMULS, bind_linear, operands
 
@@ -61,7 +61,12 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantise, then multiply."""
-        y: Tensor = self.linear(self.input_quantizer(x))
+        quantizer: Any = self.input_quantizer
+        if isinstance(quantizer, ActivationQuantizer) and quantizer.shift and quantizer.mode == "quantize":
+            # W (x + shift) - W shift: the second term belongs to the bias.
+            weight, bias = self.linear.weight, self.linear.bias
+            return F.linear(quantizer(shifted(x, quantizer.shift)), weight, bias - quantizer.shift * weight.sum(1))
+        y: Tensor = self.linear(quantizer(x))
         return y
 
 
@@ -121,10 +126,29 @@ class QuantAttention(nn.Module):
         q = self.q_norm(self.q(x_hat).reshape(heads).transpose(1, 2))  # [B, H, N, D]
         k = self.k_norm(self.k(x_hat).reshape(heads).transpose(1, 2))
         v = self.v(x_hat).reshape(heads).transpose(1, 2)
-        p = self.attn_drop(torch.softmax(self.qk(q, k.transpose(-2, -1)), dim=-1))  # [B, H, N, N]
-        y = self.pv(p, v).transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim)
+        y = recomputed(self._weigh, q, k, v).transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim)
         out: Tensor = self.proj_drop(self.proj(self.norm(y)))
         return out
+
+    @torch.no_grad()
+    def equalize(self, query: Tensor, key: Tensor) -> None:
+        """Give each channel of queries and keys the same range, which changes no score: one is multiplied, one divided.
+
+        Keys have channels that are ten times as large as others; one scale for all of them would spend its codes
+        there. ``query``, ``key``: largest absolute value of each channel, [heads * head_dim].
+        """
+        if not isinstance(self.q_norm, nn.Identity) or not isinstance(self.k_norm, nn.Identity):
+            return  # a norm behind the linears would undo it
+        factor = torch.where((query > 0) & (key > 0), (key / query).sqrt(), torch.ones_like(key))
+        for linear, by in ((self.q, factor), (self.k, 1 / factor)):
+            linear.weight.mul_(by[:, None])
+            if linear.bias is not None:
+                linear.bias.mul_(by)
+
+    def _weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = self.attn_drop(torch.softmax(self.qk(q, k.transpose(-2, -1)), dim=-1))  # [B, H, N, N]
+        y: Tensor = self.pv(p, v)
+        return y
 
 
 class QuantPatchConv(nn.Module):
@@ -252,7 +276,7 @@ class _Router(TorchFunctionMode):
             if func is ATTENTION:
                 return self._attention(*args, **kwargs)
             if func in MATMULS:
-                return self._product(*operands(func, args, kwargs))
+                return self._product()(*operands(func, args, kwargs))
             if func is F.linear:
                 x, weight, _ = bind_linear(*args, **kwargs)
                 for child in self.applied:
@@ -262,13 +286,13 @@ class _Router(TorchFunctionMode):
         finally:
             self._active.pop()
 
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        product = getattr(self.module, f"product_{self.calls}", None)
+    def _product(self) -> QuantMatMul:
+        """The next one."""
+        product: QuantMatMul | None = getattr(self.module, f"product_{self.calls}", None)
         if product is None:
             raise ModelError(f"{type(self.module).__name__} multiplies more often than when it was converted.")
         self.calls += 1
-        y: Tensor = product(a, b)
-        return y
+        return product
 
     def _attention(
         self,
@@ -285,11 +309,15 @@ class _Router(TorchFunctionMode):
         if is_causal or enable_gqa or (attn_mask is not None and attn_mask.dtype == torch.bool):
             raise ModelError(f"{type(self.module).__name__}: causal, grouped or masked attention is not supported.")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
+        qk, pv = self._product(), self._product()
+
+        def weigh(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+            scores = sum(masks, start=qk(q, k.transpose(-2, -1)))
+            y: Tensor = pv(torch.softmax(scores, dim=-1), v)
+            return y
+
         # Scaling queries costs less than scaling scores, and is what families without the fused function do.
-        scores = self._product(query * scale, key.transpose(-2, -1))
-        if attn_mask is not None:
-            scores = scores + attn_mask
-        return self._product(torch.softmax(scores, dim=-1), value)
+        return recomputed(weigh, query * scale, key, value, *([] if attn_mask is None else [attn_mask]))
 
 
 def _split_rows(linear: nn.Linear, parts: int) -> list[nn.Linear]:

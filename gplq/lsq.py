@@ -5,15 +5,22 @@ type of its input; only what it returns is in the type in which the matmul behin
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from gplq import grid
 from gplq.errors import DataError
+
+# How far below zero, as a share of the highest value, a tensor may go that is shifted onto the unsigned grid.
+_SHIFTABLE = 0.25
 
 # Values per quantiser that are kept for percentiles and MSE, whatever the number of calibration images.
 SAMPLE_VALUES = 2**18
@@ -24,33 +31,38 @@ class _Quantization:
 
     def __init__(self, x: Tensor, scale: Tensor, bits: int, signed: bool, dtype: torch.dtype) -> None:
         """``x``: [..., C]; ``scale``: [] or [C], FP32 or FP64; ``dtype``: of the output."""
-        self.x, self.scale, self.dtype = x, scale, dtype
+        # The function that made x, if it may be called again (see recompute_quantized); x itself is then not kept.
+        self._x: Callable[[], Tensor] = getattr(x, "_remake", lambda: x)
+        self.scale, self.dtype = scale, dtype
         self.low, self.high = grid.code_limits(bits, signed)
         self._again: tuple[Tensor, Tensor] | None = None
 
-    def ratio(self) -> Tensor:
-        """A new tensor x / scale. Contiguous: a batched matmul would copy a transposed operand otherwise."""
-        x = self.x.to(torch.promote_types(self.x.dtype, self.scale.dtype))
-        return (x / self.scale).contiguous()
-
-    def output(self) -> Tensor:
+    def output(self, x: Tensor) -> Tensor:
         """x_hat: the codes of :func:`gplq.grid.quantize`, times the scale."""
-        return self._output(self.ratio().round_())
+        return self._decode(_ratio(x, self.scale).round_().clamp_(self.low, self.high))
 
     def again(self) -> tuple[Tensor, Tensor]:
         """(x / scale, x_hat) for the backward pass, computed once, until :meth:`clear`."""
         if self._again is None:
-            ratio = self.ratio()
-            self._again = ratio, self._output(ratio.round())
+            ratio = _ratio(self._x(), self.scale)
+            self._again = ratio, self._decode(ratio.round().clamp_(self.low, self.high))
         return self._again
 
-    def _output(self, rounded: Tensor) -> Tensor:
-        return rounded.clamp_(self.low, self.high).mul_(self.scale).to(self.dtype)
+    def _decode(self, codes: Tensor) -> Tensor:
+        return codes.mul_(self.scale).to(self.dtype)
 
     def clear(self) -> None:
         """Free the tensors; the graph that refers to this object may live on for a while."""
-        del self.x, self.scale
+        del self._x, self.scale
         self._again = None
+
+
+def _ratio(x: Tensor, scale: Tensor) -> Tensor:
+    """A new tensor x / scale. Contiguous: a batched matmul would copy a transposed operand otherwise."""
+    dtype = torch.promote_types(x.dtype, scale.dtype)
+    if x.dtype == dtype:
+        return (x / scale).contiguous()
+    return x.to(dtype, memory_format=torch.contiguous_format).div_(scale)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -60,8 +72,7 @@ class _FakeQuantize(torch.autograd.Function):
     d x_hat / d scale = code - x / scale inside, the limit outside; then times LSQ's 1 / sqrt(values * highest code),
                         with the values of one image that share the scale (the paper's N_F, whatever the batch)
 
-    Time goes into passes over memory, so there are as few as PyTorch's operators allow: four forward. Backward uses
-    that scale * d x_hat / d scale = x_hat - x inside and x_hat outside.
+    Time goes into passes over memory, so there are as few as PyTorch's operators allow: four forward.
     """
 
     @staticmethod
@@ -69,70 +80,126 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, bits: int, signed: bool, gradient_scale: bool, dtype: torch.dtype
     ) -> Tensor:
         quantization = _Quantization(x, scale, bits, signed, dtype)
-        ctx.settings = bits, signed, gradient_scale, dtype
+        x_hat = quantization.output(x)
+        ctx.gradient_scale, ctx.limits = gradient_scale, (quantization.low, quantization.high)
+        ctx.values, ctx.input_dtype = x[0].numel() / scale.numel(), x.dtype
         ctx.quantization = quantization if _recomputing else None
-        if not _recomputing:  # gradient checkpointing sees, and frees, only what is saved in this way
-            ctx.save_for_backward(x, scale)
-        return quantization.output()
+        if not _recomputing:  # the matmul keeps x_hat too; checkpointing sees, and frees, only what is saved like this
+            ctx.save_for_backward(x, scale, x_hat)
+        return x_hat
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        bits, signed, gradient_scale, dtype = ctx.settings
-        quantization = ctx.quantization
-        if quantization is None:
-            x, scale = ctx.saved_tensors
-            quantization = _Quantization(x, scale, bits, signed, dtype)
-        x, scale = quantization.x, quantization.scale
-        ratio, x_hat = quantization.again()
-        quantization.clear()
+        low, high = ctx.limits
+        if ctx.quantization is None:
+            x, scale, x_hat = ctx.saved_tensors
+            ratio = _ratio(x, scale)
+        else:
+            scale = ctx.quantization.scale
+            ratio, x_hat = ctx.quantization.again()
+            ctx.quantization.clear()
         grad = grads[0].to(ratio.dtype)
         # The gradient of clamp() in one pass. It counts the limits themselves as outside.
-        grad_x = torch.ops.aten.hardtanh_backward(grad, ratio, quantization.low, quantization.high)
-        del ratio
-        slope = x_hat.mul_(grad) if x_hat.dtype == grad.dtype else grad * x_hat
-        slope.addcmul_(grad_x, x.to(grad.dtype), value=-1)
+        grad_x = torch.ops.aten.hardtanh_backward(grad, ratio, low, high)
+        # scale * d x_hat / d scale is x_hat outside the range, and x_hat - x inside.
+        if grad is not grads[0]:
+            slope = grad.mul_(x_hat)
+        else:
+            slope = grad * x_hat if ctx.quantization is None else x_hat.mul_(grad)
+        slope.addcmul_(grad_x, ratio.mul_(scale), value=-1)
         # Reduce over everything that the scale is broadcast along.
         grad_scale = (slope.sum() if scale.ndim == 0 else slope.flatten(0, -2).sum(0)) / scale
-        if gradient_scale:
-            grad_scale /= (x[0].numel() / scale.numel() * quantization.high) ** 0.5
-        grad_input = grad_x.to(x.dtype) if ctx.needs_input_grad[0] else None
+        if ctx.gradient_scale:
+            grad_scale /= (ctx.values * high) ** 0.5
+        grad_input = grad_x.to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
         return grad_input, grad_scale, None, None, None, None
 
 
 _recomputing = False
+# Cheap functions, that keep their input for their own gradient anyway.
+_REMADE = frozenset({F.gelu, F.layer_norm})
+
+
+class _Remember(TorchFunctionMode):
+    """Notes with the output of a cheap function how to make it again."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function."""
+        y = func(*args, **(kwargs or {}))
+        # Only if autocast, which is off in the backward pass, has not changed the type.
+        if func in _REMADE and y.dtype == args[0].dtype:
+            y._remake = functools.partial(func, *args, **(kwargs or {}))
+        return y
+
+
+def _maker(base: Any) -> Callable[[], Tensor] | None:
+    """What makes a matmul's operand again: a quantised activation, or the low-precision copy of a weight."""
+    quantization = getattr(base, "_quantization", None)
+    if quantization is not None:
+        return lambda: quantization.again()[1]
+    if type(base.grad_fn).__name__ == "ToCopyBackward0":
+        weight = getattr(base.grad_fn.next_functions[0][0], "variable", None)  # of a leaf only
+        if weight is not None:
+            return functools.partial(weight.detach().to, base.dtype)
+    return None
 
 
 @contextlib.contextmanager
 def recompute_quantized() -> Iterator[None]:
-    """Within the block, a matmul that keeps a quantised operand for its backward pass keeps the unquantised one.
+    """Within the block, what is cheap to make again is not kept for the backward pass.
 
-    Autograd would keep both: the quantiser's input, for the gradient of the scale, and its output, for that of the
-    weight. The output is four cheap passes away from the input, so it is made again when it is needed; a training
-    step then keeps as much as one of the float model. Not together with gradient checkpointing, which keeps neither.
+    A matmul keeps its quantised operand, for the gradient of the weight; the quantiser its input, for that of the
+    scale; and GELU or LayerNorm in front of it theirs. Of the three only the last is kept: the others are a few passes
+    over memory away. So is the copy of a weight that autocast made in a lower precision. With the attentions, see
+    :func:`recomputed`, a training step keeps less than one of the float model. Not together with gradient
+    checkpointing, which keeps none of them.
     """
     global _recomputing
 
     def pack(tensor: Tensor) -> Any:
         # What a matmul keeps is often a view of its operand.
         base = tensor._base if tensor._is_view() else tensor
-        quantization = getattr(base, "_quantization", None)
-        if quantization is None or tensor.dtype != quantization.dtype:
-            return tensor
-        return quantization, tensor.size(), tensor.stride(), tensor.storage_offset()
+        make = _maker(base)
+        return tensor if make is None else (make, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def unpack(kept: Any) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        quantization, size, stride, offset = kept
-        x_hat: Tensor = quantization.again()[1]
-        return x_hat.as_strided(size, stride, offset)
+        make, *layout = kept
+        result: Tensor = make().as_strided(*layout)
+        return result
 
     _recomputing = True
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with _Remember(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
         _recomputing = False
+
+
+def shifted(x: Tensor, shift: float) -> Tensor:
+    """``x + shift``; made again with x, if x is (see :func:`recompute_quantized`)."""
+    y = x + shift
+    remake: Callable[[], Tensor] | None = getattr(x, "_remake", None)
+    if remake is not None:
+        y._remake = lambda: remake() + shift  # type: ignore[attr-defined]
+    return y
+
+
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function(*tensors)``; within :func:`recompute_quantized` of all that it computes nothing is kept.
+
+    For an attention: its scores grow with the square of the number of tokens, but take little time.
+    """
+    global _recomputing
+    if not _recomputing:
+        return function(*tensors)
+    _recomputing = False
+    try:
+        result: Tensor = checkpoint(function, *tensors, use_reentrant=False)
+        return result
+    finally:
+        _recomputing = True
 
 
 class ActivationQuantizer(nn.Module):
@@ -144,6 +211,10 @@ class ActivationQuantizer(nn.Module):
     Attributes:
         mode: "float" passes the input through, "observe" does too and collects ranges, "quantize" quantises.
         signed: whether codes below zero exist; None until :meth:`calibrate` has seen whether values below zero do.
+        shiftable: whether :meth:`calibrate` may choose a shift.
+        shift: what the caller adds in front of the quantiser, and has to take away behind it (see
+            :class:`gplq.layers.QuantLinear`): a GELU's output hardly goes below zero, so that half of a signed grid
+            would lie idle; shifted by 0.17 it fits an unsigned one. FP16-exact.
         parametrization: "log" or "linear": what :attr:`raw_scale` holds. Set it before :meth:`calibrate`.
         gradient_scale: whether the gradient of the scale has LSQ's factor.
         raw_scale: the parameter that is learned, FP32.
@@ -154,6 +225,7 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.bits, self.signed, self.per_channel, self.kind = bits, signed, per_channel, kind
         self.mode = "float"
+        self.shiftable, self.shift = False, 0.0
         self.parametrization, self.gradient_scale = "log", True
         # One value until calibration knows the number of channels.
         self.raw_scale = nn.Parameter(torch.zeros(()))
@@ -227,8 +299,13 @@ class ActivationQuantizer(nn.Module):
         low, high, sample = torch.stack(lows).amin(0), torch.stack(highs).amax(0), torch.cat(samples)
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise DataError("the FP32 model produces NaN or infinite activations on the calibration images.")
+        lowest, highest = float(low.min()), float(high.max())
+        if self.shiftable and -_SHIFTABLE * highest < lowest < 0:
+            self.shift = float(grid.round_scale(torch.tensor(-lowest), "fp16"))
+            self.signed = False
+            low, high, sample = low + self.shift, high + self.shift, sample + self.shift
         if self.signed is None:
-            self.signed = bool((low < 0).any())
+            self.signed = lowest < 0
         low_code, high_code = grid.code_limits(self.bits, self.signed)
         if method == "percentile":
             low = torch.quantile(sample, percentile / 100, dim=0)

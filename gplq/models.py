@@ -24,10 +24,19 @@ WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # one: timm unpickles that file without weights_only.
 _FACTORY_ARGS = frozenset(inspect.signature(timm.create_model).parameters)
 
+# What makes a backbone of a classifier: it returns some of its feature maps, and has no parts that these do not need.
+BACKBONE_ARGS = frozenset({"features_only", "out_indices", "feature_cls"})
+
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that rebuilds the float architecture: ``timm.create_model(architecture, **model_args)``."""
+    """Everything that rebuilds the float architecture: ``timm.create_model(architecture, **model_args)``.
+
+    Attributes:
+        model_args: of the architecture, such as ``{"img_size": 70}``; with ``features_only`` and, if wanted,
+            ``out_indices`` the model is a backbone that returns a list of feature maps.
+        num_classes: 0 for a model without a classifier, which returns features [B, D]; also for a backbone.
+    """
 
     architecture: str
     model_args: dict[str, Any]
@@ -81,22 +90,26 @@ def load_model(
             ``model.safetensors`` as timm writes it, or a weights file, which needs ``arch``.
         arch: timm architecture of a weights file.
         model_args: further arguments of the architecture, such as ``{"img_size": 70}``.
-        num_classes: of a weights file; by default found from the classifier's weight.
+        num_classes: of a weights file; by default found from the classifier's weight. 0 leaves the classifier of
+            any model away.
 
     Raises:
         ModelError: the model is unknown, the file unreadable, or the weights do not fit.
     """
-    path = Path(source)
+    path, model_args = Path(source), model_args or {}
+    if model_args.get("features_only"):
+        num_classes = 0
+    is_file = path.suffix in WEIGHT_SUFFIXES or path.is_file()
+    if not is_file and (arch is not None or num_classes):
+        raise ModelError(f"--arch and --num-classes (but 0) belong to a weights file, but '{source}' is not one.")
     if path.is_dir():
-        return _from_folder(path, model_args or {})
-    if path.suffix in WEIGHT_SUFFIXES or path.is_file():
-        return _from_file(path, arch, model_args or {}, num_classes)
-    if arch is not None or num_classes is not None:
-        raise ModelError(f"--arch and --num-classes belong to a weights file, but '{source}' is not one.")
-    return _from_name(source, model_args or {})
+        return _from_folder(path, model_args, num_classes)
+    if is_file:
+        return _from_file(path, arch, model_args, num_classes)
+    return _from_name(source, model_args, num_classes)
 
 
-def _from_name(name: str, model_args: dict[str, Any]) -> FloatModel:
+def _from_name(name: str, model_args: dict[str, Any], num_classes: int | None) -> FloatModel:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         known = timm.list_models(f"*{architecture[:6]}*")[:3]
@@ -105,7 +118,8 @@ def _from_name(name: str, model_args: dict[str, Any]) -> FloatModel:
     with torch.device("meta"):  # before anything is downloaded; the head's size does not matter for it
         ModelSpec(architecture, model_args, 1000).build()
     try:
-        model: Any = timm.create_model(name, pretrained=True, **model_args).eval()
+        head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+        model: Any = timm.create_model(name, pretrained=True, **head, **model_args).eval()
     except Exception as error:  # the hub client raises many types; all of them mean the same to the user
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -113,14 +127,15 @@ def _from_name(name: str, model_args: dict[str, Any]) -> FloatModel:
             f"Without a network, give a weights file and --arch {architecture}."
         ) from error
     config: dict[str, Any] = model.pretrained_cfg
-    spec = ModelSpec(architecture, model_args, int(model.num_classes))
+    spec = ModelSpec(architecture, model_args, model.num_classes if num_classes is None else num_classes)
+    label_names = config.get("label_names") if spec.num_classes else None
     digest = hashlib.sha256()
     for key, tensor in model.state_dict().items():
         digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
-    return FloatModel(model, spec, _preprocessing(model, config), config.get("label_names"), name, digest.hexdigest())
+    return FloatModel(model, spec, _preprocessing(model, config), label_names, name, digest.hexdigest())
 
 
-def _from_folder(folder: Path, extra_args: dict[str, Any]) -> FloatModel:
+def _from_folder(folder: Path, extra_args: dict[str, Any], num_classes: int | None) -> FloatModel:
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     missing = [file.name for file in (config_file, weights_file) if not file.is_file()]
     if missing:
@@ -133,14 +148,14 @@ def _from_folder(folder: Path, extra_args: dict[str, Any]) -> FloatModel:
         spec = ModelSpec(
             architecture=config["architecture"],
             model_args={**stored_args, **extra_args},
-            num_classes=int(config["num_classes"]),
+            num_classes=int(config["num_classes"]) if num_classes is None else num_classes,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{config_file} is not a timm model configuration: {error!r}") from error
     model = spec.build()
-    _load_weights(model, read_weights(weights_file), weights_file)
+    _load_weights(model, _of_model(spec, model, read_weights(weights_file)), weights_file)
     preprocessing = _preprocessing(model, pretrained)
-    names = config.get("label_names") or pretrained.get("label_names")
+    names = config.get("label_names") or pretrained.get("label_names") if spec.num_classes else None
     return FloatModel(model, spec, preprocessing, names, str(folder), sha256(weights_file))
 
 
@@ -154,7 +169,7 @@ def _from_file(path: Path, arch: str | None, model_args: dict[str, Any], num_cla
         num_classes = next((weights[key].shape[0] for key in ("head.weight", "head.bias") if key in weights), 0)
     spec = ModelSpec(arch, model_args, num_classes)
     model = spec.build()
-    _load_weights(model, weights, path)
+    _load_weights(model, _of_model(spec, model, weights), path)
     return FloatModel(model, spec, _preprocessing(model, {}), None, str(path), sha256(path))
 
 
@@ -188,6 +203,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelError(f"{path} does not hold a state dict (names of parameters and their tensors).")
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _of_model(spec: ModelSpec, model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a whole classifier without those of the parts that ``spec`` leaves away."""
+    if spec.model_args.get("features_only"):
+        # timm writes layers_0 for layers.0 in one kind of backbone and puts "model." in front of it in another.
+        plain = {name.replace(".", "_"): tensor for name, tensor in weights.items()}
+        names = {name: name.removeprefix("model.").replace(".", "_") for name in model.state_dict()}
+        return {name: plain[old] for name, old in names.items() if old in plain}
+    if spec.num_classes == 0:
+        heads = model.pretrained_cfg.get("classifier") or ()
+        inside = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+        return {name: tensor for name, tensor in weights.items() if not name.startswith(inside)}
+    return weights
 
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:

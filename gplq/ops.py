@@ -25,13 +25,33 @@ class Codes(NamedTuple):
 
 
 @torch.library.custom_op("gplq::quantize", mutates_args=())
-def quantize(x: Tensor, scale: Tensor, pre_scale: Tensor | None, bits: int, signed: bool, name: str) -> Tensor:
-    """Codes of ``x * pre_scale``. ``x``: [..., C]; ``scale``: []; ``pre_scale``: [C] or None; ``name``: of the node."""
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    pre_shift: Tensor | None,
+    pre_scale: Tensor | None,
+    bits: int,
+    signed: bool,
+    name: str,
+) -> Tensor:
+    """Codes of ``(x + pre_shift) * pre_scale``.
+
+    ``x``: [..., C]; ``scale``: []; ``pre_shift``: [] or None; ``pre_scale``: [C] or None; ``name``: of the node.
+    """
+    x = x if pre_shift is None else x + pre_shift
     return grid.quantize(x if pre_scale is None else x * pre_scale, scale, bits, signed)
 
 
 @quantize.register_fake
-def _(x: Tensor, scale: Tensor, pre_scale: Tensor | None, bits: int, signed: bool, name: str) -> Tensor:
+def _(
+    x: Tensor,
+    scale: Tensor,
+    pre_shift: Tensor | None,
+    pre_scale: Tensor | None,
+    bits: int,
+    signed: bool,
+    name: str,
+) -> Tensor:
     return torch.empty_like(x)
 
 

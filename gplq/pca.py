@@ -33,13 +33,14 @@ class Features:
         Raises:
             ModelError: the model's classifier did not run, or not on [B, D].
         """
-        features = [self._taken[index].float() for index in sorted(self._taken)]
-        if not features or any(feature.ndim != 2 for feature in features):
+        features = [self._taken[index] for index in sorted(self._taken)]
+        if not features or any(not isinstance(feature, Tensor) or feature.ndim != 2 for feature in features):
             raise ModelError(
-                f"the classifier of {type(self._model).__name__} is not fed one vector an image, so that the PCA loss "
-                "does not apply: set stage1.alpha to 0."
+                f"{type(self._model).__name__} has no features of one vector an image, so that the PCA loss does not "
+                "apply: set stage1.alpha to 0; for a backbone, give gplq.train_activations a loss of your own, or set "
+                "stage1.enabled to false."
             )
-        return torch.cat(features, dim=1)
+        return torch.cat([feature.float() for feature in features], dim=1)
 
     def __enter__(self) -> Self:
         heads = classifiers(self._model)

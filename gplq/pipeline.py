@@ -19,8 +19,8 @@ from gplq.calibrate import calibrate, calibrate_on
 from gplq.checkpoint import Checkpoint, read_plain, save_checkpoint, write_plain
 from gplq.convert import convert
 from gplq.data import BadImages, ImageSet, check_labels, open_images
-from gplq.errors import CheckpointError, DataError, UsageError
-from gplq.evaluate import Accuracy, Agreement, agreement, top1
+from gplq.errors import CheckpointError, ConfigError, DataError, UsageError
+from gplq.evaluate import Accuracy, Agreement, Similarity, agreement, similarity, top1
 from gplq.files import atomic_path
 from gplq.models import FloatModel
 from gplq.processes import processes
@@ -42,7 +42,7 @@ def quantize(
     bad_images: BadImages = "fail",
     force: bool = False,
     say: Say = print,
-) -> dict[str, Accuracy]:
+) -> dict[str, Accuracy | Similarity]:
     """Quantise ``source`` and write the checkpoint ``out``.
 
     While it works, its state is kept in ``<out>.resume``; the same call after an interruption goes on from there. The
@@ -62,7 +62,8 @@ def quantize(
 
     Returns:
         Top-1 of "FP32", "W32A4" (after Stage 1) and "W4A4"; the names follow the recipe's bits. Without labels
-        (``stage1.task_weight`` 0 and no ``eval_data``): how far the latter two agree with the float model.
+        (``stage1.task_weight`` 0 and no ``eval_data``): how far the latter two agree with the float model. Without a
+        classifier: how close their features are to the float model's.
 
     Raises:
         UsageError: something is wrong with the inputs or ``out``; nothing is written.
@@ -75,26 +76,32 @@ def quantize(
         say = _say_nothing
     train_set, test_set = _open_data(source, data, recipe, eval_data, bad_images)
     test_set = test_set.head(eval_images)
-    labelled = recipe.stage1.task_weight > 0 or eval_data is not None
+    classifies = source.spec.num_classes > 0
+    labelled = classifies and (recipe.stage1.task_weight > 0 or eval_data is not None)
+    measured = "top1" if labelled else "agreement" if classifies else "similarity"
+    what = {"top1": "top-1", "agreement": "agreement with FP32", "similarity": "cosine with FP32"}[measured]
 
     run = _Run(out.with_name(f"{out.name}.resume"), _fingerprint(source, train_set, test_set, recipe), say)
-    results: dict[str, Accuracy] = {}
+    results: dict[str, Accuracy | Similarity] = {}
     activations, weights = f"A{recipe.activation_bits}", f"W{recipe.weight_bits}"
     device = processes().device
-    teacher = copy.deepcopy(source.model).to(device)
+
+    def reference() -> nn.Module:
+        # Made where it is needed: in training it would take memory beside the teacher.
+        return copy.deepcopy(source.model).to(device)
 
     def measure(name: str, model: nn.Module) -> None:
         if labelled:
             results[name] = run.recall(name, lambda: top1(model, test_set, name))
         else:
-            results[name] = run.recall(name, lambda: agreement(model, teacher, test_set, name))
-        what = "top-1" if labelled else "agreement with FP32"
+            closeness = agreement if classifies else similarity
+            results[name] = run.recall(name, lambda: closeness(model, reference(), test_set, name))
         say(f"{name:6} {what} {results[name]}   (n = {results[name].n})")
 
     if labelled:
-        measure("FP32", teacher)
+        measure("FP32", reference())
     student = convert(copy.deepcopy(source.model), recipe).to(device)
-    _quantize_activations(student, teacher, train_set, recipe, run)
+    _quantize_activations(student, source.model, train_set, recipe, run)
     measure(f"W32{activations}", student)
     say(f"Stage 2: weights to {recipe.weight_bits} bits ({recipe.stage2.rounding})")
     # Every process does the same work: it is deterministic, and one that waits for another is given up after minutes.
@@ -111,7 +118,7 @@ def quantize(
         "seed": recipe.seed,
         "processes": processes().num_processes,
         "stage2": [report.to_dict() for report in reports],
-        "top1" if labelled else "agreement": {name: result.to_dict() for name, result in results.items()},
+        measured: {name: result.to_dict() for name, result in results.items()},
     }
     student.cpu()
     checkpoint = Checkpoint(student, source.spec, source.preprocessing, source.label_names, recipe, provenance)
@@ -136,8 +143,11 @@ def train_activations(
     Detection with torchvision, for instance, where a batch is (list of images, list of target dicts) and a model in
     training mode returns its losses by name::
 
-        detector.backbone = gplq.layers.convert(detector.backbone, recipe)
+        gplq.convert.convert(detector.backbone.body, recipe, image_size=(3, 224, 320))
         gplq.train_activations(detector, loader, loss=lambda model, batch: model(*batch), recipe=recipe)
+        gplq.stage2.quantize_weights(detector.backbone.body, images, recipe)
+
+    ``examples/detector.py`` of the repository goes from there to a checkpoint and its export.
 
     Optimiser, precision, accumulation, resuming and the checks for NaN are those of :func:`quantize`. Of
     ``recipe.stage1`` the keys ``task_weight``, ``alpha`` and those of the PCA have no effect: the loss is yours.
@@ -225,8 +235,13 @@ def _open_data(
     source: FloatModel, data: str | Path, recipe: Recipe, eval_data: str | Path | None, bad_images: BadImages
 ) -> tuple[ImageSet, ImageSet]:
     """The training and the test images, with labels where the recipe or the measurement needs them."""
-    train_labels = recipe.stage1.task_weight > 0
-    test_labels = train_labels or eval_data is not None
+    classifies = source.spec.num_classes > 0
+    train_labels = classifies and recipe.stage1.task_weight > 0
+    if not classifies and recipe.stage1.enabled and recipe.stage1.task_weight > 0:
+        raise ConfigError(
+            f"{source.spec.architecture} has no classifier that could learn from labels: set stage1.task_weight to 0."
+        )
+    test_labels = train_labels or (classifies and eval_data is not None)
     train_set = open_images(data, "train", source.preprocessing, need_labels=train_labels, bad_images=bad_images)
     try:
         test_set = open_images(
@@ -253,7 +268,12 @@ def _own_fingerprint(student: nn.Module, recipe: Recipe) -> str:
 def _fingerprint(source: FloatModel, train_set: ImageSet, test_set: ImageSet, recipe: Recipe) -> str:
     """Identifies a run: only with the same inputs and recipe does it make sense to go on with it."""
     parts = [source.sha256, source.spec.architecture, json.dumps(source.spec.model_args, sort_keys=True, default=str)]
-    parts += [train_set.fingerprint, test_set.fingerprint, json.dumps(recipe.to_dict(), sort_keys=True)]
+    parts += [
+        str(source.spec.num_classes),
+        train_set.fingerprint,
+        test_set.fingerprint,
+        json.dumps(recipe.to_dict(), sort_keys=True),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -282,11 +302,12 @@ class _Run:
         self.say(f"starting anew: {self.path} belongs to another model, data set or recipe")
         return None
 
-    def recall(self, name: str, measure: Callable[[], Accuracy]) -> Accuracy:
+    def recall(self, name: str, measure: Callable[[], Accuracy | Similarity]) -> Accuracy | Similarity:
         """An accuracy that an interrupted run has already measured, or a new measurement."""
         known = self.state["accuracies"].get(name)
         if known is not None:
-            return Agreement(**known) if "cosine" in known else Accuracy(**known)
+            kind = Agreement if "cosine" in known else Similarity if "mean" in known else Accuracy
+            return kind(**known)
         accuracy = measure()
         self.state["accuracies"][name] = asdict(accuracy)
         return accuracy

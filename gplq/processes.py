@@ -1,4 +1,9 @@
-"""Several processes on one model (``accelerate launch``): which images are whose, and sums over all of them.
+"""Several processes on one model: which images are whose, and sums over all of them.
+
+    accelerate launch --multi_gpu --num_processes 4 -m gplq quantize …                     # GPUs of one machine
+    ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 -m gplq quantize …    # CPU
+
+On a CPU ``accelerate launch --cpu --num_processes 2`` starts a single process: without an MPI it has no launcher there.
 
 Without a launcher there is one process, and every function here costs nothing.
 """

@@ -29,8 +29,10 @@ class Calibration(_Section):
     """Where the activation quantisers start."""
 
     images: int = Field(512, ge=1, description="training images, drawn at random, that are looked at")
-    linear_range: Range = Field("minmax", description="range of the inputs of linears (the paper: min-max)")
-    matmul_range: Range = Field("percentile", description="range of q, k, v and softmax (the paper: 1st, 99th)")
+    linear_range: Range = Field("mse", description="range of the inputs of linears (the paper: minmax)")
+    matmul_range: Range = Field("mse", description="range of q, k, v and softmax (the paper: percentile)")
+    equalize: bool = Field(True, description="queries and keys exchange their channels' ranges; changes no score")
+    shift: bool = Field(True, description="what hardly goes below zero (GELU) is shifted onto the unsigned grid")
     percentile: float = Field(1.0, gt=0, lt=50, description="the lower percentile; the upper mirrors it")
 
 
@@ -44,7 +46,9 @@ class Stage1(_Section):
     batch_size: int = Field(128, ge=1, description="images an optimiser step, over all processes")
     accumulate: int = Field(1, ge=1, description="parts in which a process computes its share of a batch, for memory")
     precision: Precision = Field("fp32", description="of matmuls; quantisers stay in FP32")
-    teacher_precision: Precision | None = Field(None, description="of the teacher's forward pass; none: as precision")
+    teacher_precision: Precision | None = Field(
+        None, description="of the teacher's forward pass; none: bf16 where the device computes in it, else as precision"
+    )
     gradient_checkpointing: bool = Field(False, description="a third more time for a fraction of the memory")
     lr: float | None = Field(
         None, gt=0, description="AdamW learning rate of weights; none: the paper's for the batch size"

@@ -14,7 +14,7 @@ Each is fitted on four fifths of the calibration images, judged on the others, a
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from gplq.adaround import learn_codes
 from gplq.compensate import attach_compensation, to_half, why_not
 from gplq.convert import units
 from gplq.data import ImageSet, batches, draw
+from gplq.errors import UsageError
 from gplq.fold import fold_channels, foldable_norms, readers
 from gplq.grid import code_limits, round_scale
 from gplq.integer import FrozenQuantizer, IntegerConv, IntegerLinear, integer_layer, quantize_rows
@@ -91,21 +92,51 @@ class BlockReport:
 
 
 @torch.no_grad()
-def quantize_weights(model: nn.Module, images: ImageSet, recipe: Recipe, batch_size: int = 64) -> list[BlockReport]:
+def quantize_weights(
+    model: nn.Module, images: ImageSet | Iterable[Tensor], recipe: Recipe, batch_size: int = 64
+) -> list[BlockReport]:
     """Freeze a trained model in place: every quantiser and weight becomes integer.
 
     Memory: a second copy of the model, and the inputs of one block of each for all calibration images.
 
+    Args:
+        model: what :func:`gplq.convert.convert` was given and Stage 1 has trained; of a detector, its backbone.
+        images: of which ``recipe.stage2.images`` are drawn. Or a list (or a loader that does not shuffle) of batches,
+            float32 [B, C, H, W], just as the model gets them: all are taken, several times, always the same ones; of
+            five or more, the last fifth judges.
+        recipe: every setting.
+        batch_size: images at once, of an image set.
+
     Returns:
         One report for each block.
+
+    Raises:
+        UsageError: there are no batches, or they can be run through only once.
     """
-    work = _Stage2(model, images, recipe, batch_size)
+    if isinstance(images, ImageSet):
+        images = _Drawn(images, recipe, batch_size)
+    if iter(images) is images or next(iter(images), None) is None:  # a generator; nothing at all
+        raise UsageError("Stage 2 runs through its batches several times: give it a list, with at least one batch.")
+    work = _Stage2(model, images, recipe)
     reports = []
     with progress(len(work.stream.steps), "Stage 2: weights", "block") as bar:
         for step in work.stream.steps:
             reports.append(work.freeze_step(step))
             bar.update()
     return reports
+
+
+class _Drawn:
+    """Batches of some images of a set, the same ones at each iteration."""
+
+    def __init__(self, images: ImageSet, recipe: Recipe, batch_size: int) -> None:
+        self.images = images
+        self.chosen = draw(len(images), recipe.stage2.images, recipe.seed)
+        # At least five batches, if there are as many images: the last fifth of them judges.
+        self.batch_size = max(1, min(batch_size, len(self.chosen) // 5))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (inputs for inputs, _ in batches(self.images, self.batch_size, self.chosen))
 
 
 def _unfrozen_layers(model: nn.Module) -> list[str]:
@@ -120,7 +151,7 @@ def _unfrozen_layers(model: nn.Module) -> list[str]:
 class _Stage2:
     """Two models walked through side by side: the one that is frozen, and a copy of it from before."""
 
-    def __init__(self, model: nn.Module, images: ImageSet, recipe: Recipe, batch_size: int) -> None:
+    def __init__(self, model: nn.Module, images: Iterable[Tensor], recipe: Recipe) -> None:
         self.model, self.recipe, self.settings = model, recipe, recipe.stage2
         reference = copy.deepcopy(model)
         layers = _unfrozen_layers(model)
@@ -131,12 +162,9 @@ class _Stage2:
             if name not in inner:
                 self._freeze_edge(name)
         device = next(model.parameters()).device
-        chosen = draw(len(images), self.settings.images, recipe.seed)
-        # At least five batches, if there are as many images: the last fifth of them judges.
-        batch_size = max(1, min(batch_size, len(chosen) // 5))
 
         def load() -> Iterator[Tensor]:
-            return (inputs.to(device) for inputs, _ in batches(images, batch_size, chosen))
+            return (inputs.to(device) for inputs in images)
 
         self.stream = Stream(model, [name for name, _ in units(model)], load)
         self.reference = Stream(reference, self.stream.steps, load)
@@ -170,13 +198,13 @@ class _Stage2:
 
     def _freeze_layer(self, name: str, weights: dict[str, Tensor]) -> list[Compensation]:
         """Fold, then freeze a layer: its quantisers first, then its linears, whose float weights go to ``weights``."""
-        layer = self.model.get_submodule(name)
+        layer: Any = self.model.get_submodule(name)
         linears = readers(layer)
         self._freeze_input(name, layer, linears, self.norms.get(name))
         children = {id(module): f"{name}.{child}" for child, module in layer.named_modules()}
         names = [children[id(linear)] for linear in linears]
         # The linears of one layer read the same input, so one pass serves all of them.
-        fitted, judged = self._moments(names, judge=False), self._moments(names, judge=True)
+        fitted, judged = self._moments(name, names, judge=False), self._moments(name, names, judge=True)
         tried: list[Compensation] = []
         start = 0
         for child, linear in zip(names, linears, strict=True):
@@ -185,6 +213,7 @@ class _Stage2:
             weights[child] = _matrix(linear).clone()
             frozen, attempt = self._round(child, linear, fitted, judged, part)
             tried += [] if attempt is None else [attempt]
+            _absorb(frozen, layer.input_quantizer.offset)
             self.model.set_submodule(child, frozen)
         return tried
 
@@ -196,18 +225,17 @@ class _Stage2:
                     scale = quantizer.scale.detach()
                     setattr(product, operand, self._frozen(quantizer, scale, None, f"{name}.{operand}"))
 
-    def _moments(self, names: list[str], judge: bool) -> Moments:
-        """Of the shared input of some linears, and of what their outputs lack if that is wanted."""
+    def _moments(self, layer: str, names: list[str], judge: bool) -> Moments:
+        """Of the input that the linears of a layer share, and of what their outputs lack if that is wanted."""
+        here, there = (model.get_submodule(layer) for model in (self.model, self.reference.model))
         linears = [self.model.get_submodule(name) for name in names]
         wanted = [self.reference.model.get_submodule(name) for name in names]
         moments = Moments()
         for call, reference in self._pairs(judge):
-            x = input_rows(self.stream.module, linears[0], call)
+            x = input_rows(self.stream.module, here, call)
             if self.settings.compensation == "ridge":
-                x_wanted = input_rows(self.reference.module, wanted[0], reference)
-                lack = [
-                    _applied(there, x_wanted) - _applied(here, x) for here, there in zip(linears, wanted, strict=True)
-                ]
+                x_wanted = input_rows(self.reference.module, there, reference)
+                lack = [_applied(b, x_wanted) - _applied(a, x) for a, b in zip(linears, wanted, strict=True)]
                 moments.add(x, torch.cat(lack, 1))
             else:
                 moments.add(x)
@@ -243,26 +271,25 @@ class _Stage2:
 
     def _learn_rounding(self, step: str, weights: dict[str, Tensor]) -> Compensation:
         module, settings = self.stream.module, self.settings.adaround
+        if any(isinstance(part, IntegerConv) for part in module.modules()):
+            return Compensation("adaround", step, None, kept=False, note="it holds convolutions")
         calls = [call for call, _ in self._pairs(judge=False)]
         # From the same input, as for the compensation beside a block: what the blocks before have lost is noise here.
         targets = [first_tensor(call.run(self.reference.module)) for call in calls]
-        inner = {
-            name.removeprefix(step).removeprefix("."): weight
-            for name, weight in weights.items()
-            if not isinstance(self.model.get_submodule(name), IntegerConv)  # they keep their codes
-        }
+        inner = {name.removeprefix(step).removeprefix("."): weight for name, weight in weights.items()}
         with progress(settings.iterations, f"Rounding of {step}", "step") as bar:
             learned = learn_codes(module, inner, calls, targets, settings, self.recipe.seed, bar.update)
         linears: dict[str, Any] = {name: module.get_submodule(name) for name in learned}
-        before_codes = {name: linear.codes for name, linear in linears.items()}
+        kept_back = {name: (linear.codes, linear.bias) for name, linear in linears.items()}
         before = self._own_error(module)
         for name, codes in learned.items():
-            linears[name].codes = codes
+            layer: Any = module.get_submodule(name.rpartition(".")[0])
+            _recode(linears[name], codes, layer.input_quantizer.offset)
         after = self._own_error(module)
         kept = after < before
         if not kept:
-            for name, codes in before_codes.items():
-                linears[name].codes = codes
+            for name, (codes, bias) in kept_back.items():
+                linears[name].codes, linears[name].bias = codes, bias
         return Compensation("adaround", step, 1 - after / before if before > 0 else 0.0, kept)
 
     def _compensate(self, step: str) -> Compensation:
@@ -317,14 +344,31 @@ class _Stage2:
         assert isinstance(quantizer, ActivationQuantizer)
         factor, scale = None, quantizer.scale.detach()
         if quantizer.per_channel:
-            factor, scale = fold_channels(scale, linears, norm), torch.ones_like(scale[0])
+            factor, scale = fold_channels(scale, linears, None if quantizer.shift else norm), torch.ones_like(scale[0])
         layer.input_quantizer = self._frozen(quantizer, scale, factor, f"{name}.input_quantizer")
 
     def _frozen(
         self, quantizer: ActivationQuantizer, scale: Tensor, factor: Tensor | None, name: str
     ) -> FrozenQuantizer:
         rounded = round_scale(scale, self.recipe.scale_grid)
-        return FrozenQuantizer(rounded, factor, quantizer.bits, bool(quantizer.signed), name)
+        shift = torch.tensor(quantizer.shift, device=rounded.device) if quantizer.shift else None
+        return FrozenQuantizer(rounded, factor, quantizer.bits, bool(quantizer.signed), name, shift)
+
+
+def _absorb(linear: IntegerLinear, offset: Tensor | None, sign: int = -1) -> None:
+    """Take out of the bias what the offset of the input adds to the output, with the very weights that it meets."""
+    if offset is not None:
+        assert linear.bias is not None  # convert() lets no other be shifted
+        weight = (linear.codes * linear.weight_scale[:, None]).double()
+        added = weight @ offset.double().expand(weight.shape[1])
+        linear.bias = (linear.bias.double() + sign * added).to(linear.bias.dtype)
+
+
+def _recode(linear: IntegerLinear, codes: Tensor, offset: Tensor | None) -> None:
+    """Other codes, and what follows from them for the bias."""
+    _absorb(linear, offset, sign=1)
+    linear.codes = codes
+    _absorb(linear, offset)
 
 
 def _matrix(linear: Any) -> Tensor:

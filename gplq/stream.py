@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gplq.errors import ModelError
+from gplq.fold import readers
 from gplq.ops import Codes
 
 
@@ -107,19 +108,28 @@ def execution_order(model: nn.Module, names: Iterable[str], inputs: Tensor) -> l
     return list(_record(model, names, inputs))
 
 
-def input_rows(step: nn.Module, linear: nn.Module, call: Call) -> Tensor:
-    """What ``linear`` gets while ``step`` runs, dequantised, [rows, K]; a convolution's patches, K = C * kh * kw."""
-    found: list[Tensor] = []
+def input_rows(step: nn.Module, layer: nn.Module, call: Call) -> Tensor:
+    """What the linears of ``layer`` get while ``step`` runs, dequantised and without a shift.
 
-    def keep(_: nn.Module, args: tuple[Tensor | Codes]) -> None:
-        x = args[0].values * args[0].scale if isinstance(args[0], Codes) else args[0]
+    [rows, K]; of a convolution the patches, K = C * kh * kw.
+    """
+    found: list[Tensor] = []
+    quantizer: Any = layer.input_quantizer
+    linear: Any = readers(layer)[0]
+
+    def keep(_: nn.Module, __: Any, output: Tensor | Codes) -> None:
+        if isinstance(output, Codes):
+            x = output.values * output.scale
+            x = x if quantizer.offset is None else x - quantizer.offset
+        else:
+            x = output - quantizer.shift
         if isinstance(linear, nn.Conv2d):
             assert not isinstance(linear.padding, str)  # QuantConv.fits
             x = F.unfold(x, linear.kernel_size, linear.dilation, linear.padding, linear.stride).transpose(1, 2)
         found.append(x.reshape(-1, x.shape[-1]))
         raise _EnoughError
 
-    handle = linear.register_forward_pre_hook(keep)
+    handle = quantizer.register_forward_hook(keep)
     try:
         _run_until_enough(lambda: call.run(step))
     finally:

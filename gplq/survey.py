@@ -58,7 +58,9 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     channels, *size = resolve_data_config({}, model=model)["input_size"]
     stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     channels = channels if stem is None else stem.in_channels
-    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    # A wrapper (timm's features_only, a detector) has it further inside.
+    embeddings = (module for name, module in model.named_modules() if name.split(".")[-1] == "patch_embed")
+    height, width = getattr(next(embeddings, None), "img_size", None) or size
     return int(channels), int(height), int(width)
 
 

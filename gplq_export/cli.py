@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--trt", action="store_true", help="build engines with TensorRT or TensorRT-RTX")
     parser.add_argument("--data", help="test images to check ONNX against PyTorch with; see 'gplq eval --help'")
+    parser.add_argument("--no-labels", action="store_true", help="--data has no labels: compare, but measure no top-1")
     parser.add_argument("--images", type=positive, help="use so many of them (default: all)")
     parser.add_argument("--batch-min", type=positive, default=1, help="smallest batch of the engines (default: 1)")
     parser.add_argument("--batch-opt", type=positive, default=8, help="most likely batch (default: 8)")
@@ -51,7 +52,8 @@ def _export(arguments: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(arguments.checkpoint)
     images = None
     if arguments.data is not None:
-        images = open_test_images(arguments.data, checkpoint, arguments.images)
+        labels = not arguments.no_labels and checkpoint.spec.num_classes > 0
+        images = open_test_images(arguments.data, checkpoint, arguments.images, need_labels=labels)
     else:
         print("parity: skipped, no images given (--data)")
     result = export(
@@ -66,8 +68,10 @@ def _export(arguments: argparse.Namespace) -> None:
     if result.parity is not None:
         parity = result.parity
         forced, free = parity.forced_equal(), parity.free_equal()
-        print(f"top-1: PyTorch {parity.torch_top1}, ONNX Runtime {parity.onnx_top1} (n = {parity.agreement.n})")
-        print(f"labels equal: {parity.agreement}; noise floor of PyTorch itself: {parity.noise_floor}")
+        count = f"(n = {parity.agreement.n})"
+        if parity.torch_top1 is not None:
+            print(f"top-1: PyTorch {parity.torch_top1}, ONNX Runtime {parity.onnx_top1} {count}")
+        print(f"{parity.compared}: {parity.agreement}; noise floor of PyTorch itself: {parity.noise_floor} {count}")
         print(f"codes equal, same input: {forced.total - forced.different:,} of {forced.total:,}")
         print(f"codes equal, free-running: {100 * (1 - free.share):.3f} %")
     print(f"wrote {arguments.out}")
@@ -87,8 +91,9 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise UsageError(f"batches must not fall: --batch-min {smallest}, --batch-opt {likely}, --batch-max {largest}.")
     if not arguments.trt and (arguments.sm or (smallest, likely, largest) != (1, 8, 32)):
         raise UsageError("--sm and --batch-… are about engines: they have no effect without --trt.")
-    if arguments.images is not None and arguments.data is None:
-        raise UsageError("--images has no effect without --data.")
+    for flag, given in (("--images", arguments.images is not None), ("--no-labels", arguments.no_labels)):
+        if given and arguments.data is None:
+            raise UsageError(f"{flag} has no effect without --data.")
 
 
 def _capabilities(text: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@
 ``gplq``, with its name as an attribute. Nothing after this depends on how an exporter names or decomposes anything;
 a target (:mod:`gplq_export.targets`) replaces every one of these nodes by standard ones.
 
-    Quantize(x [..., C], scale [], pre_scale [C]?) -> codes        name, bits, signed
+    Quantize(x [..., C], scale [], pre_shift []?, pre_scale [C]?) -> codes     name, bits, signed
     Linear(codes [..., K], scale [], weight int8 [N, K], weight_scale [N], bias [N]?) -> y     name, bits
     Conv(codes [B, C, H, W], scale [], weight int8 [N, C, kh, kw], weight_scale [N], bias [N]?) -> y
                                                                    name, bits, stride, padding, dilation
@@ -29,8 +29,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
     _register_schemas()
     dialect = Opset(DOMAIN, _VERSION)
 
-    def quantize(x: Any, scale: Any, pre_scale: Any, bits: int, signed: bool, name: str) -> Any:
-        return dialect.Quantize(x, scale, pre_scale, bits=bits, signed=int(signed), name=name)
+    def quantize(x: Any, scale: Any, pre_shift: Any, pre_scale: Any, bits: int, signed: bool, name: str) -> Any:
+        return dialect.Quantize(x, scale, pre_shift, pre_scale, bits=bits, signed=int(signed), name=name)
 
     def linear(codes: Any, scale: Any, weight: Any, weight_scale: Any, bias: Any, bits: int, name: str) -> Any:
         return dialect.Linear(codes, scale, weight, weight_scale, bias, bits=bits, name=name)
@@ -85,7 +85,12 @@ def _register_schemas() -> None:
         parameter("bias", option=optional),
     ]
     inputs = {
-        "Quantize": [parameter("x"), parameter("scale"), parameter("pre_scale", option=optional)],
+        "Quantize": [
+            parameter("x"),
+            parameter("scale"),
+            parameter("pre_shift", option=optional),
+            parameter("pre_scale", option=optional),
+        ],
         "Linear": weighted,
         "Conv": weighted,
         "MatMul": [parameter("a"), parameter("a_scale"), parameter("b"), parameter("b_scale")],

@@ -18,13 +18,14 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import onnx_ir as ir
+from torch import Tensor
 
 from gplq import __version__
 from gplq.checkpoint import Checkpoint
@@ -50,15 +51,16 @@ class ExportResult:
     """What an export produced.
 
     Attributes:
-        files: name -> {bytes, sha256}. ``storage``: bytes of the INT4 file by what they hold. ``parity``: None if no
-        images were given. ``engines``: name -> report. ``problems``: what did not work out, most severe first; each
-        an error with its exit code.
+        files: name -> {bytes, sha256}. ``storage``: bytes of the INT4 file by what they hold. ``outputs``: name, shape
+        and dtype of each. ``parity``: None if no images were given. ``engines``: name -> report. ``problems``: what
+        did not work out, most severe first; each an error with its exit code.
     """
 
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     storage: dict[str, int] = field(default_factory=dict)
     parity: ParityReport | None = None
     engines: dict[str, EngineReport] = field(default_factory=dict)
+    outputs: list[dict[str, Any]] = field(default_factory=list)
     linears: list[str] = field(default_factory=list)
     problems: list[GateError | MissingError | BuildError | PrecisionError] = field(default_factory=list)
 
@@ -68,7 +70,7 @@ def export(
     out: Path,
     *,
     trt: bool = False,
-    images: ImageSet | None = None,
+    images: ImageSet | Sequence[Tensor] | None = None,
     forced_images: int = 256,
     batch: tuple[int, int, int] = (1, 8, 32),
     compute_capabilities: tuple[int, ...] = (),
@@ -84,7 +86,7 @@ def export(
         checkpoint: what to export.
         out: the folder to write.
         trt: also write TensorRT's file and build engines from it.
-        images: test images for the parity check.
+        images: test images for the parity check, with labels or without; or batches, just as the model gets them.
         forced_images: so many of them for its teacher-forced part.
         batch: smallest, most likely and largest batch of the engines.
         compute_capabilities: GPUs to build for, such as (86, 89); empty: the builder's default.
@@ -106,6 +108,7 @@ def export(
         say("exporting from PyTorch")
         dialect = trace(checkpoint)
         result.linears = linear_nodes(dialect)
+        result.outputs = [_output(value) for value in dialect.graph.outputs]
         metadata = _metadata(checkpoint)
         names = ["int4", "fp32", "fp16", *(["trt-int4"] if trt else [])]
         models = {name: lower(dialect, TARGETS[name](), metadata) for name in names}
@@ -216,10 +219,16 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
+def _output(value: ir.Value) -> dict[str, Any]:
+    assert value.shape is not None
+    size = [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
+    return {"name": value.name, "shape": size, "dtype": "float32"}
+
+
 def _prove(
     checkpoint: Checkpoint,
     model: ir.Model,
-    images: ImageSet,
+    images: ImageSet | Sequence[Tensor],
     forced_images: int,
     folder: Path,
     result: ExportResult,
@@ -281,7 +290,7 @@ def _manifest(checkpoint: Checkpoint, result: ExportResult) -> dict[str, Any]:
         **environment(),
         "checkpoint": {"sha256": checkpoint.sha256, "provenance": checkpoint.provenance},
         "input": {"name": "images", "shape": ["batch", *checkpoint.preprocessing.input_size], "dtype": "float32"},
-        "output": {"name": "logits", "shape": ["batch", checkpoint.spec.num_classes], "dtype": "float32"},
+        "outputs": result.outputs,
         "preprocessing": checkpoint.preprocessing.to_dict(),
         "label_names": checkpoint.label_names,
         "precision": {

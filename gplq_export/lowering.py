@@ -22,7 +22,7 @@ from gplq import __version__
 from gplq.errors import BuildError
 from gplq_export.dialect import DOMAIN
 from gplq_export.targets import GraphWriter, Quantizer, Target, Weight, codes_name
-from gplq_export.trace import OUTPUT, WEIGHTED, is_dialect, node_name
+from gplq_export.trace import WEIGHTED, is_dialect, node_name
 
 
 def lower(dialect: ir.Model, target: Target, metadata: dict[str, str]) -> ir.Model:
@@ -35,22 +35,22 @@ def lower(dialect: ir.Model, target: Target, metadata: dict[str, str]) -> ir.Mod
     graph = model.graph
     writer = GraphWriter(graph, target.float_type)
     # Read before anything is replaced: a float target folds a quantiser's factor into the weight behind it.
-    pre_scales = {node_name(node): _factor_before(node) for node in graph if is_dialect(node, *WEIGHTED)}
+    quantizers = {node_name(node): _quantizer_before(node) for node in graph if is_dialect(node, *WEIGHTED)}
     codes: dict[str, str] = {}
-    marks: dict[str, str] = {}
+    marks: dict[str, ir.Value] = {}
+    outputs = [str(value.name) for value in graph.outputs]
     if target.float_type != ir.DataType.FLOAT:
         _change_float_type(graph, target.float_type)
     for node in [node for node in graph if is_dialect(node)]:
         writer.at(node)
         name = node_name(node)
         if node.op_type == "Mark":
-            result = _unmark(node, set(marks.values()))
-            marks[name] = str(result.name)
+            result = marks[name] = _unmark(node, list(marks.values()))
         elif node.op_type == "Quantize":
             result = target.quantizer(writer, _quantizer(node))
             codes[name] = codes_name(name)
         elif node.op_type == "Linear":
-            result = _linear(writer, node, target, pre_scales[name])
+            result = _linear(writer, node, target, quantizers[name])
         elif node.op_type == "Conv":
             result = _conv(writer, node, target)
         else:
@@ -60,7 +60,10 @@ def lower(dialect: ir.Model, target: Target, metadata: dict[str, str]) -> ir.Mod
         ir.convenience.replace_all_uses_with(node.outputs, [result], replace_graph_outputs=True)
         graph.remove(node, safe=True)
     RemoveUnusedNodesPass()(model)
-    mapping = {"gplq.quantizers": json.dumps(codes if target.quantizes else {}), "gplq.marks": json.dumps(marks)}
+    for value, output in zip(graph.outputs, outputs, strict=True):
+        value.name = output  # of a backbone, some of them are marked, too
+    names = {name: value.name for name, value in marks.items()}
+    mapping = {"gplq.quantizers": json.dumps(codes if target.quantizes else {}), "gplq.marks": json.dumps(names)}
     _finish(model, target, {**metadata, **mapping})
     return model
 
@@ -87,28 +90,32 @@ def _quantizer(node: ir.Node) -> Quantizer:
         name=node_name(node),
         x=x,
         scale=_array(node.inputs[1]).astype(np.float32),
-        pre_scale=_optional_array(node, 2),
+        pre_shift=_optional_array(node, 2),
+        pre_scale=_optional_array(node, 3),
         bits=node.attributes["bits"].as_int(),
         signed=bool(node.attributes["signed"].as_int()),
     )
 
 
-def _factor_before(linear: ir.Node) -> np.ndarray | None:
-    """The per-channel factor [K] in front of the quantiser that feeds a linear, if it has one."""
+def _quantizer_before(linear: ir.Node) -> Quantizer:
+    """The quantiser that feeds a linear."""
     codes = linear.inputs[0]
     assert codes is not None
     quantize = codes.producer()
     assert quantize is not None and is_dialect(quantize, "Quantize")  # a linear reads codes, always
-    return _optional_array(quantize, 2)
+    return _quantizer(quantize)
 
 
-def _linear(writer: GraphWriter, node: ir.Node, target: Target, pre_scale: np.ndarray | None) -> ir.Value:
+def _linear(writer: GraphWriter, node: ir.Node, target: Target, quantizer: Quantizer) -> ir.Value:
     name = node_name(node)
-    weight = target.weight(writer, _weight(node, pre_scale))
-    y = writer.node("MatMul", [node.inputs[0], weight], name, f"{name}.product")
+    weight = _weight(node, quantizer.pre_scale)
+    y = writer.node("MatMul", [node.inputs[0], target.weight(writer, weight)], name, f"{name}.product")
     bias = _optional_array(node, 4)
     if bias is None:
         return y
+    if quantizer.pre_shift is not None and not target.quantizes:
+        # The bias takes a shift away that such a target does not make.
+        bias = bias + weight.floating().sum(1) * quantizer.pre_shift
     return writer.node("Add", [y, writer.floating(f"{name}.bias", bias)], f"{name}/Add", f"{name}.output")
 
 
@@ -129,11 +136,11 @@ def _weight(node: ir.Node, pre_scale: np.ndarray | None) -> Weight:
     return Weight(node_name(node), _array(node.inputs[2]), scale, node.attributes["bits"].as_int(), pre_scale)
 
 
-def _unmark(node: ir.Node, marked: set[str]) -> ir.Value:
+def _unmark(node: ir.Node, marked: list[ir.Value]) -> ir.Value:
     """A mark's input, which takes the mark's name, unless it has one that must stay."""
     value = node.inputs[0]
     assert value is not None
-    if not (value.name in marked or value.is_graph_input() or value.is_initializer()):
+    if not (any(value is other for other in marked) or value.is_graph_input() or value.is_initializer()):
         value.name = node_name(node)
     return value
 
@@ -168,7 +175,7 @@ def _change_float_type(graph: ir.Graph, float_type: ir.DataType) -> None:
 
 
 def _finish(model: ir.Model, target: Target, metadata: dict[str, str]) -> None:
-    """Names, metadata and types; then the checker."""
+    """Metadata and types; then the checker."""
     graph = model.graph
     for node in graph:
         # What the exporter noted for itself: half of a small file.
@@ -180,8 +187,6 @@ def _finish(model: ir.Model, target: Target, metadata: dict[str, str]) -> None:
                 value.type = value.shape = None  # the exporter's may be wrong by now; every reader infers them
     for value in (*graph.initializers.values(), *graph.inputs, *graph.outputs):
         value.metadata_props.clear()
-    for output, name in zip(graph.outputs, [OUTPUT], strict=True):
-        output.name = name
     graph.metadata_props.clear()
     graph.name = "gplq"
     model.opset_imports.pop(DOMAIN, None)

@@ -7,7 +7,9 @@ a code, and the flip travels through all blocks. So each thing is judged where i
     linears, teacher-forced       fed PyTorch's own input, each returns PyTorch's output but for its last bits
     blocks, teacher-forced        fed PyTorch's own block input, at most 0.5 % of each block's codes differ, those of
                                   the quantiser behind it included
-    free-running                  label agreement no worse than PyTorch's with itself in another order of summation
+    outputs, all quantisers fed   logits or features are PyTorch's but for their last bits
+    free-running                  label agreement (without a classifier: cosine of the features) no worse than
+                                  PyTorch's with itself in another order of summation
 
 Everything is streamed: memory is one batch, whatever the number of images.
 """
@@ -16,7 +18,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,19 +27,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gplq.checkpoint import frozen_quantizers, integer_linears
 from gplq.convert import input_name, output_name, structure_of, units
 from gplq.data import ImageSet, batches
 from gplq.errors import MissingError
-from gplq.evaluate import Accuracy
+from gplq.evaluate import Accuracy, Similarity, cosines
 from gplq.integer import FrozenQuantizer, set_rounding
 from gplq.progress import progress
 from gplq_export.targets import codes_name
-from gplq_export.trace import INPUT, OUTPUT
+from gplq_export.trace import INPUT, LOGITS
 
 BLOCK_LIMIT = 0.005  # share of a block's codes that may differ when it is fed the same input
 LINEAR_LIMIT = 1e-4  # largest difference of a linear's output from PyTorch's, relative to its largest value
+_COSINE_RESOLUTION = 1e-6  # two FP32 networks without any unequal code differ by less
 _BEFORE, _BEHIND = "stem", "head"  # the parts of the network in front of the first unit and behind the last
 
 
@@ -70,22 +74,31 @@ class ParityReport:
         quantizers: per quantiser, teacher-forced. ``blocks``: per block, and for what stands before and behind
             them, teacher-forced. ``free``: per quantiser, free.
         linears: per linear, teacher-forced: largest difference of its output, relative to its largest value.
+        outputs: the same per output of the model, all of its quantisers fed.
         sqnr_db: per block, how far the quantised output is from the same network's without quantisers, in dB.
-        torch_top1, onnx_top1: against the labels. ``agreement``: labels equal between the two. ``noise_floor``: labels
-            equal between PyTorch and PyTorch in another order of summation.
+        agreement: labels equal between PyTorch and ONNX Runtime; without a classifier, cosine of their features.
+        noise_floor: the same between PyTorch and PyTorch in another order of summation.
+        torch_top1, onnx_top1: against the labels; None without any.
+        max_output_difference: free-running, absolute.
     """
 
     forced_images: int
     quantizers: dict[str, CodeCount] = field(default_factory=dict)
     linears: dict[str, float] = field(default_factory=dict)
+    outputs: dict[str, float] = field(default_factory=dict)
     blocks: dict[str, CodeCount] = field(default_factory=dict)
     free: dict[str, CodeCount] = field(default_factory=dict)
     sqnr_db: dict[str, float] = field(default_factory=dict)
-    torch_top1: Accuracy = _NONE
-    onnx_top1: Accuracy = _NONE
-    agreement: Accuracy = _NONE
-    noise_floor: Accuracy = _NONE
-    max_logit_difference: float = 0.0
+    agreement: Accuracy | Similarity = _NONE
+    noise_floor: Accuracy | Similarity = _NONE
+    torch_top1: Accuracy | None = None
+    onnx_top1: Accuracy | None = None
+    max_output_difference: float = 0.0
+
+    @property
+    def compared(self) -> str:
+        """What ``agreement`` and ``noise_floor`` are about."""
+        return "labels equal" if isinstance(self.agreement, Accuracy) else "cosine of features"
 
     def forced_equal(self) -> CodeCount:
         """All quantisers together, teacher-forced."""
@@ -121,9 +134,15 @@ class ParityReport:
                 f"{100 * BLOCK_LIMIT} %, n = {self.forced_images}); a weight, bias or norm in it is not the "
                 "checkpoint's."
             )
-        if self.agreement.interval()[1] < self.noise_floor.interval()[0]:
+        changed = [name for name, difference in self.outputs.items() if not difference <= LINEAR_LIMIT]
+        if changed and not wrong:  # behind a wrong linear they cannot be right
             found.append(
-                f"labels: {self.agreement} agree with PyTorch, below the noise floor {self.noise_floor} "
+                f"output {', '.join(changed)}: not PyTorch's although all quantisers were fed the same (limit "
+                f"{LINEAR_LIMIT:g} of its largest value); a norm or another float tensor is not the checkpoint's."
+            )
+        if _below(self.agreement, self.noise_floor):
+            found.append(
+                f"{self.compared}: {self.agreement} with PyTorch, below the noise floor {self.noise_floor} "
                 f"(n = {self.agreement.n})."
             )
         return found
@@ -137,18 +156,30 @@ class ParityReport:
         return {
             "images": self.agreement.n,
             "forced_images": self.forced_images,
-            "torch_top1": self.torch_top1.to_dict(),
-            "onnx_top1": self.onnx_top1.to_dict(),
-            "label_agreement": self.agreement.to_dict(),
+            "torch_top1": None if self.torch_top1 is None else self.torch_top1.to_dict(),
+            "onnx_top1": None if self.onnx_top1 is None else self.onnx_top1.to_dict(),
+            "compared": self.compared,
+            "agreement": self.agreement.to_dict(),
             "noise_floor": self.noise_floor.to_dict(),
-            "max_logit_difference": self.max_logit_difference,
+            "max_output_difference": self.max_output_difference,
             "quantizers_forced": counts(self.quantizers),
             "linears_forced": self.linears,
+            "outputs_forced": self.outputs,
             "blocks_forced": counts(self.blocks),
             "quantizers_free": counts(self.free),
             "block_sqnr_db": {name: round(value, 2) for name, value in self.sqnr_db.items()},
             "failures": self.failures(),
         }
+
+
+def _below(found: Accuracy | Similarity, floor: Accuracy | Similarity) -> bool:
+    """Whether even the favourable end of one interval is below the unfavourable end of the other; or it is NaN."""
+    if isinstance(found, Similarity) and isinstance(floor, Similarity):
+        # In few images perhaps no code flips: then a deviation of zero says nothing about the next ones.
+        deviation = max(found.deviation, floor.deviation)
+        found, floor = replace(found, deviation=deviation), replace(floor, deviation=deviation)
+    resolution = _COSINE_RESOLUTION if isinstance(found, Similarity) else 0.0
+    return not found.interval()[1] >= floor.interval()[0] - resolution
 
 
 def _sum(counts: Any) -> CodeCount:
@@ -161,16 +192,21 @@ def _sum(counts: Any) -> CodeCount:
 
 @torch.inference_mode()
 def compare(
-    model: nn.Module, onnx_model: ir.Model, images: ImageSet, *, forced_images: int = 256, batch_size: int = 64
+    model: nn.Module,
+    onnx_model: ir.Model,
+    images: ImageSet | Sequence[Tensor],
+    *,
+    forced_images: int = 256,
+    batch_size: int = 64,
 ) -> ParityReport:
     """Compare a frozen model with its lowered ONNX graph on images.
 
     Args:
         model: the frozen model, on the CPU.
         onnx_model: a graph of a quantising target in FP32, as :func:`gplq_export.lowering.lower` returns it.
-        images: with labels.
+        images: with labels, or without (all of them -1). Or batches [B, C, H, W], just as the model gets them.
         forced_images: how many images go through the teacher-forced comparisons; free-running takes all.
-        batch_size: images at once.
+        batch_size: images at once, of an image set.
 
     Raises:
         MissingError: ONNX Runtime is not installed.
@@ -179,56 +215,90 @@ def compare(
     linears = {name: _linear_output(onnx_model, name) for name in integer_linears(model)}
     sources = {name: _quantizer_input(onnx_model, name) for name in quantizers}
     taps = [codes_name(name) for name in quantizers]
-    fed = [source for source in dict.fromkeys(sources.values()) if source not in onnx_model.graph.initializers]
-    free = _Session(onnx_model, [INPUT], [OUTPUT, *taps])
-    forced = _Session(onnx_model, fed, [*taps, *linears.values()])
+    fed = {source for source in sources.values() if source not in onnx_model.graph.initializers}
+    outputs = [str(value.name) for value in onnx_model.graph.outputs]
+    free = _Session(onnx_model, [INPUT], [*outputs, *taps])
+    # An output that a quantiser reads as it is would be fed.
+    wanted = [*taps, *linears.values(), *(output for output in outputs if output not in fed)]
+    forced = _Session(onnx_model, _sources(onnx_model.graph, wanted, {*fed, INPUT}), wanted)
     segments = _segments(onnx_model, structure_of(model).units, quantizers)
+    classifies = outputs == [LOGITS]
+    labelled = classifies and isinstance(images, ImageSet) and min(images.labels) >= 0
 
-    report = ParityReport(forced_images=min(forced_images, len(images)))
+    count = len(images) if isinstance(images, ImageSet) else sum(map(len, images))
+    report = ParityReport(forced_images=min(forced_images, count))
     for table, names in ((report.quantizers, quantizers), (report.free, quantizers), (report.blocks, segments)):
         table.update({name: CodeCount() for name in names})
-    report.linears = dict.fromkeys(linears, 0.0)
+    report.linears, report.outputs = dict.fromkeys(linears, 0.0), dict.fromkeys(outputs, 0.0)
     signal, noise = np.zeros(len(units(model))), np.zeros(len(units(model)))
-    right = dict.fromkeys(("torch", "onnx", "agree", "floor"), 0)
-    with progress(len(images), "PyTorch against ONNX Runtime", "image") as bar:
+    right = {"torch": 0, "onnx": 0}
+    close: dict[str, list[Tensor]] = {"agreement": [], "floor": []}
+    with progress(count, "PyTorch against ONNX Runtime", "image") as bar:
         done = 0
-        for inputs, labels in batches(images, batch_size):
+        for inputs, labels in _with_labels(images, batch_size):
             seen = _Capture(model)
-            logits = seen.run(inputs)
+            results = tree_leaves(seen.run(inputs))
             answers = free.run({INPUT: inputs.numpy()})
             for name in quantizers:
                 report.free[name].add(answers[codes_name(name)], seen.codes[name])
             if done < report.forced_images:
-                answers_forced = forced.run({source: seen.inputs[name] for name, source in sources.items()})
+                feeds = {source: seen.inputs[name] for name, source in sources.items()}
+                answers_forced = forced.run({INPUT: inputs.numpy(), **feeds})
                 for name in quantizers:
                     report.quantizers[name].add(answers_forced[codes_name(name)], seen.codes[name])
                 for name, output in linears.items():
-                    largest = _largest(answers_forced[output] - seen.linear_outputs[name])
-                    largest /= max(_largest(seen.linear_outputs[name]), 1e-30)
-                    report.linears[name] = float(np.maximum(report.linears[name], largest))  # unlike max, keeps a NaN
+                    _keep_largest(report.linears, name, answers_forced[output], seen.linear_outputs[name])
+                for output, result in zip(outputs, results, strict=True):
+                    if output in answers_forced:
+                        _keep_largest(report.outputs, output, answers_forced[output], result.numpy())
                 for block, segment in segments.items():
                     answers_block = segment.session.run(seen.unit_inputs | {INPUT: inputs.numpy()})
                     for name in segment.quantizers:
                         report.blocks[block].add(answers_block[codes_name(name)], seen.codes[name])
                 _add_error(model, seen, inputs, signal, noise)
-            torch_labels, onnx_labels = logits.argmax(1), torch.from_numpy(answers[OUTPUT]).argmax(1)
+            found = [torch.from_numpy(answers[output]) for output in outputs]
             with AnotherSummationOrder():
-                floor_labels = model(inputs).argmax(1)
-            right["torch"] += int((torch_labels == labels).sum())
-            right["onnx"] += int((onnx_labels == labels).sum())
-            right["agree"] += int((onnx_labels == torch_labels).sum())
-            right["floor"] += int((floor_labels == torch_labels).sum())
-            difference = float((torch.from_numpy(answers[OUTPUT]) - logits).abs().max())
-            report.max_logit_difference = float(np.maximum(report.max_logit_difference, difference))
-            done += len(labels)
-            bar.update(len(labels))
-    report.torch_top1, report.onnx_top1, report.agreement, report.noise_floor = (
-        Accuracy(right[key], done) for key in ("torch", "onnx", "agree", "floor")
-    )
+                again = tree_leaves(model(inputs))
+            for name, others in (("agreement", found), ("floor", again)):
+                close[name].append(_same_labels(others, results) if classifies else cosines(others, results))
+            if labelled:
+                for name, logits in (("torch", results[0]), ("onnx", found[0])):
+                    right[name] += int(torch.eq(logits.argmax(1), labels).sum())
+            for ours, theirs in zip(found, results, strict=True):
+                difference = _largest((ours - theirs).numpy())
+                report.max_output_difference = float(np.maximum(report.max_output_difference, difference))
+            done += len(inputs)
+            bar.update(len(inputs))
+    report.agreement, report.noise_floor = (_summary(values, classifies) for values in close.values())
+    if labelled:
+        report.torch_top1, report.onnx_top1 = (Accuracy(number, done) for number in right.values())
     with np.errstate(divide="ignore"):
         ratio = 10 * np.log10(signal / noise)
     report.sqnr_db = {name: float(value) for (name, _), value in zip(units(model), ratio, strict=True)}
     return report
+
+
+def _with_labels(images: ImageSet | Sequence[Tensor], batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
+    if isinstance(images, ImageSet):
+        return batches(images, batch_size)
+    return ((inputs, torch.full([len(inputs)], -1)) for inputs in images)
+
+
+def _same_labels(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+    return (ours[0].argmax(1) == theirs[0].argmax(1)).double()
+
+
+def _summary(values: list[Tensor], classifies: bool) -> Accuracy | Similarity:
+    """Of what was found for each image."""
+    each = torch.cat(values)
+    if classifies:
+        return Accuracy(int(each.sum()), len(each))
+    return Similarity.of(len(each), float(each.sum()), float(each.square().sum()))
+
+
+def _keep_largest(table: dict[str, float], name: str, found: np.ndarray, expected: np.ndarray) -> None:
+    difference = _largest(found - expected) / max(_largest(expected), 1e-30)
+    table[name] = float(np.maximum(table[name], difference))  # unlike max, keeps a NaN
 
 
 @dataclass
@@ -315,11 +385,10 @@ class _Capture:
         self.unit_inputs: dict[str, np.ndarray] = {}  # by exported name; the last unit's output is the head's input
         self.unit_outputs: dict[str, np.ndarray] = {}
 
-    def run(self, images: Tensor) -> Tensor:
-        """Logits of ``images``."""
+    def run(self, images: Tensor) -> Any:
+        """What the model returns for ``images``."""
         with self._hooks():
-            logits: Tensor = self.model(images)
-        return logits
+            return self.model(images)
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:

@@ -77,11 +77,12 @@ class GraphWriter:
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A Quantize node of the dialect: ``x`` [..., C], ``scale`` (scalar), ``pre_scale`` [C] or None."""
+    """A Quantize node: ``x`` [..., C]; ``scale``: []; ``pre_shift``: [] or None; ``pre_scale``: [C] or None."""
 
     name: str
     x: ir.Value
     scale: np.ndarray
+    pre_shift: np.ndarray | None
     pre_scale: np.ndarray | None
     bits: int
     signed: bool
@@ -100,6 +101,11 @@ class Weight:
     scale: np.ndarray
     bits: int
     pre_scale: np.ndarray | None
+
+    def floating(self) -> np.ndarray:
+        """What the codes stand for, for an input in front of ``pre_scale``; float32, the shape of ``codes``."""
+        values: np.ndarray = self.codes.astype(np.float32) * self.scale.reshape(-1, *[1] * (self.codes.ndim - 1))
+        return values if self.pre_scale is None else values * self.pre_scale
 
 
 class Target:
@@ -124,11 +130,11 @@ class Int4(Target):
     name = "int4"
 
     def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
-        """[Mul ->] QuantizeLinear -> DequantizeLinear."""
+        """[Add ->] [Mul ->] QuantizeLinear -> DequantizeLinear."""
         code_type = ir.DataType.INT8
         if quantizer.bits <= 4:
             code_type = ir.DataType.INT4 if quantizer.signed else ir.DataType.UINT4
-        x = _pre_scaled(writer, quantizer)
+        x = _prepared(writer, quantizer)
         return _quantize_dequantize(writer, quantizer, x, code_type)
 
     def weight(self, writer: GraphWriter, weight: Weight) -> ir.Value:
@@ -147,8 +153,8 @@ class TensorRTInt4(Int4):
     float_type = ir.DataType.FLOAT16
 
     def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
-        """[Mul ->] Clip -> QuantizeLinear -> DequantizeLinear."""
-        x = _pre_scaled(writer, quantizer)
+        """[Add ->] [Mul ->] Clip -> QuantizeLinear -> DequantizeLinear."""
+        x = _prepared(writer, quantizer)
         if quantizer.bits < 8:
             low, high = code_limits(quantizer.bits, quantizer.signed)
             bounds = [
@@ -177,10 +183,7 @@ class Float32(Target):
 
     def weight(self, writer: GraphWriter, weight: Weight) -> ir.Value:
         """The weight that the codes stand for."""
-        scale = weight.scale.reshape(-1, *[1] * (weight.codes.ndim - 1))
-        values = weight.codes.astype(np.float32) * scale
-        if weight.pre_scale is not None:
-            values = values * weight.pre_scale
+        values = weight.floating()
         return writer.floating(f"{weight.name}.weight", values.T if values.ndim == 2 else values)
 
 
@@ -194,11 +197,17 @@ class Float16(Float32):
 TARGETS: dict[str, Callable[[], Target]] = {cls.name: cls for cls in (Int4, TensorRTInt4, Float32, Float16)}
 
 
-def _pre_scaled(writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
-    if quantizer.pre_scale is None:
-        return quantizer.x
-    factor = writer.floating(f"{quantizer.name}.pre_scale", quantizer.pre_scale)
-    return writer.node("Mul", [quantizer.x, factor], f"{quantizer.name}/Mul", f"{quantizer.name}.scaled")
+def _prepared(writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
+    name, x = quantizer.name, quantizer.x
+    if quantizer.pre_shift is not None:
+        x = writer.node(
+            "Add", [x, writer.floating(f"{name}.pre_shift", quantizer.pre_shift)], f"{name}/Add", f"{name}.shifted"
+        )
+    if quantizer.pre_scale is not None:
+        x = writer.node(
+            "Mul", [x, writer.floating(f"{name}.pre_scale", quantizer.pre_scale)], f"{name}/Mul", f"{name}.scaled"
+        )
+    return x
 
 
 def _quantize_dequantize(writer: GraphWriter, quantizer: Quantizer, x: ir.Value, code_type: ir.DataType) -> ir.Value:

@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch.utils._pytree import tree_leaves
 
 from gplq.checkpoint import Checkpoint, frozen_quantizers, integer_linears
 from gplq.convert import mark_units
@@ -13,12 +14,15 @@ from gplq.errors import BuildError
 from gplq_export.dialect import DOMAIN, translations
 
 OPSET = 21  # the first with INT4 and UINT4 in QuantizeLinear and DequantizeLinear
-INPUT, OUTPUT = "images", "logits"
+INPUT, LOGITS, FEATURES = "images", "logits", "features"
 WEIGHTED = ("Linear", "Conv")  # the operators that hold a weight
 
 
 def trace(checkpoint: Checkpoint) -> ir.Model:
-    """The checkpoint's network as a dialect model: ``images`` [batch, C, H, W] -> ``logits`` [batch, classes], FP32.
+    """The checkpoint's network as a dialect model, FP32.
+
+    Its input is ``images`` [batch, C, H, W]. A classifier's output is ``logits`` [batch, classes]; without its head,
+    ``features`` [batch, D]; of a backbone that returns several feature maps, ``features_0``, ``features_1`` and so on.
 
     Raises:
         BuildError: PyTorch cannot export the network, or the graph does not hold each quantiser and linear once.
@@ -36,7 +40,7 @@ def trace(checkpoint: Checkpoint) -> ir.Model:
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=_output_names(checkpoint, example),
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 custom_translation_table=translations(),
                 verbose=False,
@@ -50,6 +54,14 @@ def trace(checkpoint: Checkpoint) -> ir.Model:
     dialect: ir.Model = program.model
     _check_mapping(dialect, checkpoint)
     return dialect
+
+
+def _output_names(checkpoint: Checkpoint, example: torch.Tensor) -> list[str]:
+    with torch.no_grad():
+        outputs = checkpoint.model(example)
+    if isinstance(outputs, torch.Tensor):
+        return [LOGITS if checkpoint.spec.num_classes else FEATURES]
+    return [f"{FEATURES}_{index}" for index in range(len(tree_leaves(outputs)))]
 
 
 def _check_mapping(dialect: ir.Model, checkpoint: Checkpoint) -> None:

@@ -69,7 +69,7 @@ def table() -> str:
     ]
     rows += [
         ("PyTorch against ONNX Runtime", ""),
-        ("  same label", show(parity["label_agreement"])),
+        ("  same label", show(parity["agreement"])),
         ("  same label, PyTorch against itself *", show(parity["noise_floor"])),
         ("  equal codes, same input", equal_codes(parity["quantizers_forced"])),
         ("  linears, same input, largest difference", f"{max(parity['linears_forced'].values()):.1e} of the output"),

@@ -61,7 +61,7 @@ def test_complete_export(
     assert manifest["schema_version"] == "1.0"
     assert manifest["checkpoint"]["sha256"] == sha256(quantised.path)
     assert manifest["input"]["shape"] == ["batch", 1, 16, 16]
-    assert manifest["output"]["shape"] == ["batch", 4]
+    assert manifest["outputs"][0]["shape"] == ["batch", 4]
     assert manifest["label_names"] == ["bottom-left", "bottom-right", "top-left", "top-right"]
     assert manifest["problems"] == []
     assert manifest["engines"] == {}

@@ -163,48 +163,84 @@ def test_linear_scale_is_its_own_parameter_and_stays_positive() -> None:
     assert quantizer.scale.tolist() == [2.0**-14, 2.0]
 
 
-def mixture(quantizer: ActivationQuantizer, x: Tensor) -> list[Tensor]:
-    """Gradients of a small network with shared and transposed operands."""
-    linears = [torch.nn.Linear(16, 16, bias=False) for _ in range(2)]
-    for seed, linear in enumerate(linears):
-        torch.nn.init.orthogonal_(linear.weight, generator=torch.Generator().manual_seed(seed))
-    leaves = [x.clone().requires_grad_(), quantizer.raw_scale, *(linear.weight for linear in linears)]
-    x_hat = quantizer(leaves[0])
-    a, b = (linear(x_hat).reshape(5, 6, 2, 8).transpose(1, 2) for linear in linears)
-    y = quantizer(a) @ quantizer(b.transpose(-2, -1))
-    return list(torch.autograd.grad(y.square().sum(), leaves))
+class Mixture(torch.nn.Module):
+    """Shared and transposed operands, what stands in front of them, and an attention. [B, N, 16] -> [B, N, 16]."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.seen: dict[str, weakref.ref[torch.UntypedStorage]] = {}
+        self.norm = torch.nn.LayerNorm(16, eps=1e-3)
+        self.q, self.k, self.v, self.out = (torch.nn.Linear(16, 16, bias=False) for _ in range(4))
+        for seed, parameter in enumerate(self.parameters()):
+            if parameter.ndim:
+                torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(seed))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_hat = self.note("quantised", self.quantizer(self.note("norm", self.norm(x))))
+        q, k, v = (linear(x_hat).unflatten(-1, (2, 8)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        y = lsq.recomputed(self.weigh, q, k, v).transpose(1, 2).flatten(2)
+        z = self.note("gelu", torch.nn.functional.gelu(y, approximate="tanh"))
+        return self.out(self.quantizer(self.note("shifted", lsq.shifted(z, 0.17))))
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = self.quantizer(q) @ self.quantizer(k.transpose(-2, -1))
+        return self.quantizer(self.note("scores", scores.softmax(-1))) @ self.quantizer(v)
+
+    def note(self, name: str, tensor: Tensor) -> Tensor:
+        """See later whether a tensor lives on."""
+        self.seen[name] = weakref.ref(tensor.untyped_storage())
+        return tensor
+
+
+def signed_quantizer() -> ActivationQuantizer:
+    quantizer = ActivationQuantizer(4, signed=True, per_channel=False, kind="linear")
+    quantizer.mode = "quantize"
+    quantizer.set_scale(torch.tensor(0.3))
+    return quantizer
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_recomputing_changes_no_gradient(dtype: torch.dtype | None) -> None:
-    quantizer = ActivationQuantizer(4, signed=True, per_channel=False, kind="linear")
-    quantizer.mode = "quantize"
-    quantizer.set_scale(torch.tensor(0.3))
-    x = torch.randn(5, 6, 16, generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        plain = mixture(quantizer, x)
-        with lsq.recompute_quantized():
-            ours = mixture(quantizer, x)
-    for gradient, expected in zip(ours, plain, strict=True):
+    mixture = Mixture(signed_quantizer())
+    x = torch.randn(5, 6, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    results = []
+    for context in (contextlib.nullcontext(), lsq.recompute_quantized()):
+        with context, torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = mixture(x).square().sum()
+        results.append(torch.autograd.grad(loss, [x, *mixture.parameters()]))
+    for expected, gradient in zip(*results, strict=True):
         assert torch.equal(gradient, expected)
         assert gradient.dtype == torch.float32
+        assert gradient.norm() > 0
 
 
-def test_recomputing_keeps_the_input_only() -> None:
-    quantizer = ActivationQuantizer(4, signed=True, per_channel=False, kind="linear")
-    quantizer.mode = "quantize"
-    linear = torch.nn.Linear(64, 64)
-    x = torch.randn(1000, 64)
-    alive = []
+@pytest.mark.parametrize(
+    ("context", "alive"),
+    [(contextlib.nullcontext(), {"norm", "quantised", "scores", "shifted"}), (lsq.recompute_quantized(), set())],
+    ids=["plain", "recomputed"],
+)
+def test_recomputing_keeps_only_what_cannot_be_made_again(
+    context: contextlib.AbstractContextManager[None], alive: set[str]
+) -> None:
+    mixture = Mixture(signed_quantizer())
+    with context:
+        y = mixture(torch.randn(5, 6, 16))
+    assert {name for name, storage in mixture.seen.items() if storage() is not None} == alive
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in mixture.parameters())
+
+
+def test_recomputing_keeps_no_low_precision_copy_of_a_weight() -> None:
+    linear, x = torch.nn.Linear(64, 64), torch.randn(8, 64)
+    pointers = []
     for context in (contextlib.nullcontext(), lsq.recompute_quantized()):
-        with context:
-            x_hat = quantizer(x.clone().requires_grad_())
-            y = linear(x_hat)
-        storage = weakref.ref(x_hat.untyped_storage())
-        del x_hat
-        alive.append(storage() is not None)
-        y.sum().backward()
-    assert alive == [True, False]
+        with context, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            node = linear(x.requires_grad_()).grad_fn
+        copies = [node._saved_mat2, node._saved_mat2]  # as the backward pass asks for it
+        assert torch.equal(copies[0], linear.weight.bfloat16().T)
+        pointers.append(len({copy.data_ptr() for copy in copies}))
+    assert pointers == [1, 2]
 
 
 def test_low_precision_in_and_out_with_arithmetic_in_fp32() -> None:

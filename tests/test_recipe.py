@@ -76,6 +76,19 @@ def test_bad_value_is_named(content: dict[Any, Any], where: str) -> None:
         Recipe.from_dict(content)
 
 
+@pytest.mark.parametrize(
+    ("stage1", "why"),
+    [
+        ({"batch_size": 10, "accumulate": 4}, "batch_size 10 is not divisible by accumulate 4"),
+        ({"task_weight": 0, "alpha": 0}, "task_weight and alpha are both 0"),
+        ({"train_weights": False, "scale_lr": 0}, "train_weights is false and scale_lr 0"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(stage1: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=rf"not a valid recipe:\n  stage1: .*{why}"):
+        Recipe.from_dict({"stage1": stage1})
+
+
 def test_all_mistakes_are_listed_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         Recipe.from_dict({"weight_bits": 99, "stage1": {"lr": -1}, "extra": 0})

@@ -18,6 +18,7 @@ from gplq.checkpoint import frozen_quantizers, integer_linears
 from gplq.compensate import compensations, why_not
 from gplq.convert import convert
 from gplq.data import ImageSet, draw
+from gplq.errors import UsageError
 from gplq.integer import FrozenQuantizer, IntegerLinear
 from gplq.layers import QuantLinear
 from gplq.models import FloatModel
@@ -104,9 +105,12 @@ def test_everything_frozen_lies_on_the_grid(
         assert linear.codes.dtype == torch.int8
         assert -limit <= int(linear.codes.min()) < 0 < int(linear.codes.max()) <= limit - 1
     signs = {name: q.signed for name, q in quantizers.items()}
+    # A softmax, and behind a GELU what has been shifted.
     assert [name for name, signed in signs.items() if not signed] == [
-        f"blocks.{block}.attn.pv.a_quantizer" for block in (0, 1)
+        f"blocks.{block}.{name}" for block in (0, 1) for name in ("attn.pv.a_quantizer", "mlp.fc2.input_quantizer")
     ]
+    shifts = {name: float(q.pre_shift) for name, q in quantizers.items() if q.pre_shift is not None}
+    assert shifts == {name: pytest.approx(0.17, abs=1e-3) for name in signs if name.endswith("mlp.fc2.input_quantizer")}
     with_factor = [name for name, q in quantizers.items() if q.pre_scale is not None]
     expected = [f"blocks.{block}.mlp.fc2.input_quantizer" for block in (0, 1)] if activations == "per_channel" else []
     assert with_factor == expected
@@ -410,3 +414,22 @@ def test_few_images_are_enough(count: int, float_model: FloatModel, train_set: I
     quantize_weights(model, train_set, with_stage2(images=count, compensation="ridge"))
     with torch.no_grad():
         assert model(probe).isfinite().all()
+
+
+def test_batches_of_ones_own_do_what_an_image_set_does(float_model: FloatModel, train_set: ImageSet) -> None:
+    recipe = with_stage2(images=10)
+    model = convert(copy.deepcopy(float_model.model), recipe)
+    calibrate(model, train_set, recipe)
+    own = copy.deepcopy(model)
+    # As documented: as many images as the recipe says, drawn with its seed, in five batches.
+    chosen = draw(len(train_set), 10, recipe.seed)
+    batches = [torch.stack([train_set[index][0] for index in chosen[start : start + 2]]) for start in range(0, 10, 2)]
+    assert quantize_weights(own, batches, recipe) == quantize_weights(model, train_set, recipe)
+    for name, linear in integer_linears(model).items():
+        assert torch.equal(integer_linears(own)[name].codes, linear.codes)
+
+
+def test_batches_that_can_be_read_only_once_are_refused(float_model: FloatModel) -> None:
+    for images in ([], iter([torch.zeros(1, 1, 16, 16)])):
+        with pytest.raises(UsageError, match="several times: give it a list, with at least one batch"):
+            quantize_weights(copy.deepcopy(float_model.model), images, with_stage2())

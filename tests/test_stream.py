@@ -9,6 +9,9 @@ from conftest import make_model
 from torch import Tensor, nn
 
 from gplq.errors import ModelError
+from gplq.integer import FrozenQuantizer
+from gplq.layers import QuantConv, QuantLinear
+from gplq.lsq import ActivationQuantizer
 from gplq.stream import Call, Stream, execution_order, first_tensor, input_rows
 
 
@@ -124,6 +127,22 @@ def test_execution_order_is_not_that_of_definition() -> None:
 
 def test_rows_are_the_inputs_of_the_linear() -> None:
     block = PooledBlock(1.0)
-    call = Call((torch.arange(48.0).reshape(2, 3, 8), [2, 2]), {})
-    torch.testing.assert_close(input_rows(block, block.linear, call), torch.arange(48.0).reshape(6, 8))
+    quantizer = ActivationQuantizer(8, signed=True, per_channel=False, kind="linear")
+    layer = block.linear = QuantLinear(block.linear, quantizer, 4)  # type: ignore[assignment,arg-type]
+    x = torch.arange(48.0).reshape(2, 3, 8)
+    call = Call((x, [2, 2]), {})
+    torch.testing.assert_close(input_rows(block, layer, call), x.reshape(6, 8))
     assert first_tensor(call.run(block)).shape == (2, 3, 8)
+    # Once frozen it passes codes; a shift in front of the quantiser is none of the linear's business.
+    scale, factor = torch.tensor(1.0), torch.full((8,), 0.5)
+    layer.input_quantizer = FrozenQuantizer(scale, factor, 8, False, "q", pre_shift=torch.tensor(4.0))
+    torch.testing.assert_close(input_rows(block, layer, call), x.reshape(6, 8) / 2, rtol=0, atol=0.5)
+
+
+def test_rows_of_a_convolution_are_its_patches() -> None:
+    conv = nn.Conv2d(2, 3, 3, padding=1)
+    layer = QuantConv(conv, ActivationQuantizer(4, signed=True, per_channel=False, kind="linear"), 4)
+    x = torch.randn(2, 2, 5, 5)
+    rows = input_rows(layer, layer, Call((x,), {}))
+    expected = conv(x).flatten(2).transpose(1, 2).reshape(-1, 3)
+    torch.testing.assert_close(rows @ conv.weight.flatten(1).T + conv.bias, expected)
