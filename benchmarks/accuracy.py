@@ -143,6 +143,18 @@ class Bench:
         print(f"{name:40} W32A4 {_line(row['w32'])}   W4A4 {_line(row['w4'])}", flush=True)
 
 
+def table(rows: dict[str, Any]) -> str:
+    """The rows as a table in Markdown: accuracy, and the paired difference to the float model."""
+    lines = ["| recipe | W32A4 | W4A4 | W4A4 - FP32 | KL | bytes added |", "|---|---|---|---|---|---|"]
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["w4"]["kl"]):
+        difference = row["w4"]["minus_fp32"]
+        cells = [name, f"{row['w32']['top1']['percent']:.2f}", f"{row['w4']['top1']['percent']:.2f}"]
+        cells += [f"{difference['points']:+.2f} ± {difference['half_interval']:.2f}", f"{row['w4']['kl']:.4f}"]
+        cells += [f"{row['added_bytes']:,}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _line(result: dict[str, Any]) -> str:
     difference = result["minus_fp32"]
     return (
@@ -183,7 +195,7 @@ def main() -> None:
     rows.sort(key=lambda row: json.dumps({**row[1].to_dict(), "stage2": None}, sort_keys=True, default=str))
     for name, recipe in rows:
         bench.run(name, recipe)
-    print(f"wrote {path}")
+    print(f"wrote {path}\n\n{table(bench.rows)}")
 
 
 if __name__ == "__main__":

@@ -81,15 +81,22 @@ class _Experiment:
         self.expected = self._run()
 
     def candidates(self) -> dict[str, nn.Module]:
-        """The norm that ran last before each layer, if it has as many channels and no other layer claims it."""
+        """The norm that ran last before each layer, if it has as many channels and no other layer claims it.
+
+        Both must be part of the same unit: a fold across two would change what Stage 2 compares unit by unit.
+        """
         # Parts of a plain attention have gone; its norms stand behind its input.
         modules = dict(self.model.named_modules())
         last: nn.Module | None = None
+        unit = ""
         claims: dict[str, nn.Module] = {}
-        for name in structure_of(self.model).order:
+        structure = structure_of(self.model)
+        for name in structure.order:
+            if name in structure.units:
+                last, unit = None, f"{name}."
             if name in self.layers:
                 channels = readers(self.layers[name])[0].weight.shape[1]
-                if last is not None and _channels(last) == channels:
+                if last is not None and _channels(last) == channels and f"{name}.".startswith(unit):
                     claims[name] = last
             elif (module := modules.get(name)) is not None and _channels(module) is not None:
                 last = module

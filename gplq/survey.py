@@ -58,9 +58,10 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     channels, *size = resolve_data_config({}, model=model)["input_size"]
     stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     channels = channels if stem is None else stem.in_channels
-    # A wrapper (timm's features_only, a detector) has it further inside.
-    embeddings = (module for name, module in model.named_modules() if name.split(".")[-1] == "patch_embed")
-    height, width = getattr(next(embeddings, None), "img_size", None) or size
+    # The model or its patch embedding knows; in a wrapper (timm's features_only, a detector) it is further inside.
+    holders = (module for name, module in model.named_modules() if not name or name.endswith("patch_embed"))
+    known = (getattr(module, "img_size", None) for module in holders)
+    height, width = next((found for found in known if found), size)
     return int(channels), int(height), int(width)
 
 
