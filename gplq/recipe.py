@@ -97,7 +97,7 @@ class Stage2(_Section):
 
     granularity: Granularity = Field("per_channel", description="weight scales: one an output channel, or one in all")
     range: Literal[Range, "output"] = Field(
-        "mse", description="output: several scales are tried, and the layer's output decides"
+        "output", description="output: several scales are tried, and the layer's output decides"
     )
     percentile: float = Field(0.1, gt=0, lt=50, description="share of each channel's largest weights that is clipped")
     rounding: Literal["nearest", "gptq", "adaround"] = Field(
