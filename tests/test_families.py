@@ -124,13 +124,14 @@ def test_family_goes_from_timm_to_onnx(family: str, images: Images, tmp_path: Pa
     spec, model = build(family)
     data, preprocessing = images.of(model)
     x = batch(data)
-    # Quantisers pass through until they are calibrated: the rebuilt network is the old one. In FP64, where sums in
+    # Quantisers pass through until they are calibrated: the rebuilt network is the old one, but for the last bit of the
+    # query weights that take 1 / sqrt(head_dim). In FP64, where sums in
     # another order do not show.
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(x.double())
         convert(model, recipe())
         found = copy.deepcopy(model).double()(x.double())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
     calibrate(model, data, recipe())
     assert all(q.mode == "quantize" for q in model.modules() if isinstance(q, ActivationQuantizer))
     stage2.quantize_weights(model, data, recipe())
