@@ -125,8 +125,7 @@ def test_family_goes_from_timm_to_onnx(family: str, images: Images, tmp_path: Pa
     data, preprocessing = images.of(model)
     x = batch(data)
     # Quantisers pass through until they are calibrated: the rebuilt network is the old one, but for the last bit of the
-    # query weights that take 1 / sqrt(head_dim). In FP64, where sums in
-    # another order do not show.
+    # query weights that take 1 / sqrt(head_dim). In FP64, where sums in another order do not show.
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(x.double())
         convert(model, recipe())
