@@ -45,6 +45,9 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         return error.exit_code
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
+        # CPython notes an interruption inside exec of a string (dataclasses, namedtuples), even one that is caught, and
+        # `python -m` then dies of SIGINT whatever code it was to return. The next exec of a string clears the note.
+        exec("")
         return 130
     except BrokenPipeError:
         # The reader of our output (head, say) went away; there is nobody to tell.

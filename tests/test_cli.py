@@ -118,6 +118,20 @@ def test_module_runs_as_a_program() -> None:
     assert done.stdout.startswith("gplq 0.")
 
 
+def test_ctrl_c_inside_exec_exits_with_130(tmp_path: Path) -> None:
+    # What dataclasses do while a module is imported; it made CPython forget the exit code.
+    (tmp_path / "program.py").write_text(
+        "import argparse, sys\n"
+        "from gplq.cli import run_command\n"
+        "parser = argparse.ArgumentParser(prog='program')\n"
+        "code = 'import signal; signal.raise_signal(signal.SIGINT)'\n"
+        "parser.set_defaults(run=lambda _: exec(code))\n"
+        "sys.exit(run_command(parser, []))\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "program"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "\nprogram: interrupted\n")
+
+
 def test_program_prints_errors_without_a_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
         command("eval", tmp_path / "none.pt", "--data", tmp_path), capture_output=True, text=True, check=False
