@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gplq.adaround import learn_codes
 from gplq.compensate import attach_compensation, to_half, why_not
-from gplq.convert import units
+from gplq.convert import quant_layers, units
 from gplq.data import ImageSet, batches, draw
 from gplq.errors import UsageError
 from gplq.fold import fold_channels, foldable_norms, readers
@@ -139,22 +139,13 @@ class _Drawn:
         return (inputs for inputs, _ in batches(self.images, self.batch_size, self.chosen))
 
 
-def _unfrozen_layers(model: nn.Module) -> list[str]:
-    """The layers that own weights and a quantiser of their input."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "input_quantizer", None), ActivationQuantizer)
-    ]
-
-
 class _Stage2:
     """Two models walked through side by side: the one that is frozen, and a copy of it from before."""
 
     def __init__(self, model: nn.Module, images: Iterable[Tensor], recipe: Recipe) -> None:
         self.model, self.recipe, self.settings = model, recipe, recipe.stage2
         reference = copy.deepcopy(model)
-        layers = _unfrozen_layers(model)
+        layers = [name for name, _ in quant_layers(model)]
         self.norms = foldable_norms(model)
         inside = tuple(f"{name}." for name, _ in units(model))
         inner = [name for name in layers if f"{name}.".startswith(inside)]
