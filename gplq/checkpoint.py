@@ -210,7 +210,7 @@ def _rebuild(content: dict[str, Any], path: Path) -> Checkpoint:
         if not isinstance(trained, ActivationQuantizer):
             raise TypeError(f"{spec.architecture} has no quantiser {name}")
         free = trained.signed is None or entry["pre_shift"] is not None
-        if entry["bits"] != trained.bits or not (free or trained.signed == entry["signed"]):
+        if entry["bits"] not in trained.possible_bits() or not (free or trained.signed == entry["signed"]):
             raise ValueError(f"the bits of {name} are not those of the recipe")
         if entry["pre_scale"] is not None:
             _check(entry["pre_scale"], (entry["pre_scale"].numel(),), f"{name} (pre_scale)")

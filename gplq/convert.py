@@ -206,12 +206,15 @@ class _QuantizerFactory:
             recipe.weight_bits,
             recipe.first_last_bits,
         )
+        self.softmax_bits, self.softmax_scale = recipe.softmax_bits, recipe.softmax_scale
         self.per_channel = recipe.stage1.granularity == "per_channel"
         self.shift = recipe.calibration.shift
 
     def operand(self, signed: bool | None) -> ActivationQuantizer:
         """For a factor of a product: one scale."""
-        return ActivationQuantizer(self.bits, signed, per_channel=False, kind="matmul")
+        quantizer = ActivationQuantizer(self.bits, signed, per_channel=False, kind="matmul")
+        quantizer.softmax_bits, quantizer.softmax_scale = self.softmax_bits, self.softmax_scale
+        return quantizer
 
     def input(self, per_channel: bool = True) -> ActivationQuantizer:
         """For the input of a linear; one scale a channel only if the recipe wants it."""

@@ -22,6 +22,9 @@ from gplq.errors import DataError
 # How far below zero, as a share of the highest value, a tensor may go that is shifted onto the unsigned grid.
 _SHIFTABLE = 0.25
 
+# INT8 holds no more without a sign, and neither ONNX nor engines multiply UINT8 by a signed type on every target.
+_UNSIGNED_BITS = 7
+
 # Values per quantiser that are kept for percentiles and MSE, whatever the number of calibration images.
 SAMPLE_VALUES = 2**18
 
@@ -212,6 +215,8 @@ class ActivationQuantizer(nn.Module):
         mode: "float" passes the input through, "observe" does too and collects ranges, "quantize" quantises.
         signed: whether codes below zero exist; None until :meth:`calibrate` has seen whether values below zero do.
         shiftable: whether :meth:`calibrate` may choose a shift.
+        softmax_bits: the number of bits if :meth:`calibrate` has seen nothing but probabilities that sum to 1.
+        softmax_scale: "full": probabilities then have the scale that spans 0 … 1, and it is not learned.
         shift: what the caller adds in front of the quantiser, and has to take away behind it (see
             :class:`gplq.layers.QuantLinear`): a GELU's output hardly goes below zero, so that half of a signed grid
             would lie idle; shifted by 0.17 it fits an unsigned one. FP16-exact.
@@ -226,12 +231,18 @@ class ActivationQuantizer(nn.Module):
         self.bits, self.signed, self.per_channel, self.kind = bits, signed, per_channel, kind
         self.mode = "float"
         self.shiftable, self.shift = False, 0.0
+        self.softmax_bits, self.softmax_scale = bits, "learned"
         self.parametrization, self.gradient_scale = "log", True
         # One value until calibration knows the number of channels.
         self.raw_scale = nn.Parameter(torch.zeros(()))
         self._low: Tensor | None = None
         self._high: Tensor | None = None
         self._samples: list[Tensor] = []
+        self._probabilities = True  # until something else is observed
+
+    def possible_bits(self) -> set[int]:
+        """What :meth:`calibrate` may make of ``bits``."""
+        return {self.bits, min(self.bits, _UNSIGNED_BITS), self.softmax_bits}
 
     @property
     def scale(self) -> Tensor:
@@ -265,6 +276,7 @@ class ActivationQuantizer(nn.Module):
         return x
 
     def _observe(self, x: Tensor) -> None:
+        self._probabilities = self._probabilities and self.kind == "matmul" and _sums_to_one(x)
         rows = x.reshape(-1, x.shape[-1]) if self.per_channel else x.reshape(-1, 1)
         rows = rows.float()
         low, high = rows.amin(0), rows.amax(0)
@@ -306,6 +318,10 @@ class ActivationQuantizer(nn.Module):
             low, high, sample = low + self.shift, high + self.shift, sample + self.shift
         if self.signed is None:
             self.signed = lowest < 0
+        if self._probabilities:
+            self.bits = self.softmax_bits
+        if not self.signed:
+            self.bits = min(self.bits, _UNSIGNED_BITS)
         low_code, high_code = grid.code_limits(self.bits, self.signed)
         if method == "percentile":
             low = torch.quantile(sample, percentile / 100, dim=0)
@@ -314,10 +330,20 @@ class ActivationQuantizer(nn.Module):
         scale = scale.clamp_min(grid.SMALLEST_SCALE)
         if method == "mse":
             scale = best_scale(sample, scale, self.bits, self.signed)
+        full = self._probabilities and self.softmax_scale == "full"
+        if full:
+            scale = torch.full_like(scale, 1 / high_code)
         self.set_scale(scale if self.per_channel else scale.reshape(()))
+        self.raw_scale.requires_grad_(not full)
         self._low = self._high = None
         self._samples = []
         self.mode = "quantize"
+
+
+def _sums_to_one(x: Tensor) -> bool:
+    """Whether the rows of ``x`` are what a softmax returns."""
+    sums = x.float().sum(-1)
+    return bool((x >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=0.01)
 
 
 def best_scale(rows: Tensor, largest: Tensor, bits: int, signed: bool, weight: Tensor | None = None) -> Tensor:

@@ -122,3 +122,25 @@ def test_recipe_can_leave_the_shift_out(train_set: ImageSet) -> None:
     model = convert(make_model(), Recipe.from_dict(recipe))
     calibrate(model, train_set, Recipe.from_dict(recipe))
     assert not any(quantizer.shift for quantizer in activation_quantizers(model).values())
+
+
+@pytest.mark.parametrize(("scale", "top"), [("learned", 0.8), ("full", 1.0)])
+def test_probabilities_have_their_own_bits_and_scale(scale: str, top: float) -> None:
+    quantizer = ActivationQuantizer(8, signed=None, per_channel=False, kind="matmul")
+    quantizer.softmax_bits, quantizer.softmax_scale, quantizer.mode = 5, scale, "observe"
+    x = torch.linspace(0.2, 0.8, 64)
+    quantizer(torch.stack([x, 1 - x], -1))
+    quantizer.calibrate("minmax", 1.0)
+    assert (quantizer.bits, quantizer.signed) == (5, False)
+    assert float(quantizer.scale.detach()) == pytest.approx(top / 31, rel=1e-2)
+    assert quantizer.raw_scale.requires_grad == (scale == "learned")
+
+
+def test_what_is_not_a_probability_keeps_its_bits_and_unsigned_codes_fit_int8() -> None:
+    quantizer = ActivationQuantizer(8, signed=None, per_channel=False, kind="matmul")
+    quantizer.softmax_bits, quantizer.mode = 4, "observe"
+    quantizer(torch.tensor([[0.25, 0.75]]))
+    quantizer(torch.tensor([[0.25, 0.5]]))
+    quantizer.calibrate("minmax", 1.0)
+    assert (quantizer.bits, quantizer.signed) == (7, False)
+    assert float(quantizer.scale.detach()) == pytest.approx(0.75 / 127)
