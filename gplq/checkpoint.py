@@ -17,9 +17,11 @@ It is written by ``torch.save`` and holds a dict of plain data and tensors only,
 Loading rebuilds the architecture with timm, after checking that its size is that of the file's tensors.
 """
 
+import copy
 import io
+import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gplq.compensate import CHILD, attach_compensation, compensations, has_width
-from gplq.convert import convert, quant_layers, units
+from gplq.convert import convert, quant_layers, structure_of, units
 from gplq.data import Preprocessing
 from gplq.errors import CheckpointError, UsageError
 from gplq.files import atomic_path, sha256
@@ -72,6 +74,31 @@ def frozen_quantizers(model: nn.Module) -> dict[str, FrozenQuantizer]:
 def integer_linears(model: nn.Module) -> dict[str, IntegerLinear]:
     """The linears of a frozen model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, IntegerLinear)}
+
+
+def at_image_size(checkpoint: Checkpoint, size: int) -> Checkpoint:
+    """The same network for square images of another size, its position embeddings resampled by timm.
+
+    ``size``: in pixels. Scales and codes stay as they are; how accurate that is, only a test can tell.
+
+    Raises:
+        UsageError: the architecture cannot take this size.
+    """
+    model = copy.deepcopy(checkpoint.model)
+    shape = (checkpoint.preprocessing.input_size[0], size, size)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # timm's own, about how it interpolates
+            if hasattr(model, "set_input_size"):
+                model.set_input_size(img_size=(size, size))
+            model(torch.zeros(1, *shape))
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"{checkpoint.spec.architecture} cannot take images of {size} x {size} pixels: {first_line}"
+        ) from error
+    structure_of(model).image_size = shape
+    return replace(checkpoint, model=model, preprocessing=replace(checkpoint.preprocessing, input_size=shape))
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
