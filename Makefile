@@ -29,7 +29,7 @@ demo: $(STAMP) ## quantise, export, build and check a small ViT on this machine
 	@$(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(STAMP) ## run pytest
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## run ruff: rules and formatting
 	@$(BIN)/ruff check .

@@ -89,8 +89,9 @@ def at_image_size(checkpoint: Checkpoint, size: int) -> Checkpoint:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # timm's own, about how it interpolates
-            if hasattr(model, "set_input_size"):
-                model.set_input_size(img_size=(size, size))
+            set_input_size: Any = getattr(model, "set_input_size", None)
+            if set_input_size is not None:
+                set_input_size(img_size=(size, size))
             model(torch.zeros(1, *shape))
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -120,7 +120,7 @@ class Recipe(_Section):
     activation_bits: int = Field(4, ge=2, le=8)
     first_last_bits: int = Field(8, ge=4, le=8, description="patch embedding and classifier, weights and inputs")
     softmax_bits: int = Field(
-        4, ge=2, le=7, description="attention probabilities; 7: all of INT8, with which engines fuse INT8 attentions"
+        7, ge=2, le=7, description="attention probabilities; 7: all of INT8's, with which engines fuse an attention"
     )
     softmax_scale: Literal["learned", "full"] = Field("learned", description="full: the codes span 0 to 1, always")
     scale_grid: Literal["fp16", "exact"] = Field("fp16", description="which scales are allowed; see gplq.grid")

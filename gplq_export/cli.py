@@ -1,55 +1,97 @@
-"""The ``gplq-export`` command: a checkpoint in; ONNX files, engines and their proof out."""
+"""The ``gplq-export`` command: a checkpoint in; ONNX files, engines and their proof out. And what looks at them."""
 
 import argparse
+import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from gplq import __version__
 from gplq.cli import EXIT_CODES, positive, run_command
 from gplq.errors import UsageError
+from gplq_export.engine import BuilderOptions
+
+# Each is a module with add_arguments(parser) and run(arguments).
+COMMANDS = {
+    "lint": ("gplq_export.lint", "Find in any ONNX file what engines refuse, slow down or compute differently."),
+    "inspect": ("gplq_export.inspect", "Say what a checkpoint, ONNX file or engine holds."),
+    "bench": ("gplq_export.bench", "Time the files of an export and PyTorch, interleaved, and give a verdict."),
+    "doctor": ("gplq_export.doctor", "Say what works on this machine, and what is missing for the rest."),
+}
+# What --trt builds; the ONNX files of the other kinds are always written.
+ENGINES = {
+    "int4": "4-bit weights in storage, multiplied in INT8 (the default)",
+    "int8": "the same codes stored in INT8: larger, fewer kernels",
+    "fp8": "the same codes carried by FP8 (--sm 89 and later)",
+    "fp16": "the twin without quantisers, alone",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``gplq-export``; returns the exit code."""
-    return run_command(_parser(), argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in COMMANDS:
+        return run_command(_command(arguments[0]), arguments[1:])
+    return run_command(_parser(), arguments)
+
+
+def _command(name: str) -> argparse.ArgumentParser:
+    module_name, description = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    parser = argparse.ArgumentParser(
+        prog=f"gplq-export {name}",
+        description=description,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
+    return parser
 
 
 def _parser() -> argparse.ArgumentParser:
+    others = "\n".join(f"  gplq-export {name:8} {description}" for name, (_, description) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="gplq-export",
         description="Lower a gplq checkpoint to ONNX with explicit INT4 nodes, prove it, and build TensorRT engines.",
-        epilog=f"example: gplq-export model.pt --int4 --trt --data images.npz --out dist\n\n{EXIT_CODES}",
+        epilog=f"example: gplq-export model.pt --int4 --trt --data images.npz --out dist\n\n"
+        f"other commands (--help after each):\n{others}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("checkpoint", type=Path, help="what 'gplq quantize' wrote")
-    parser.add_argument(
-        "--int4",
-        action="store_true",
-        required=True,
-        help="INT4 weights in storage and a 4-bit activation grid (carried by INT8 in TensorRT)",
-    )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--trt", action="store_true", help="build engines with TensorRT or TensorRT-RTX")
+    parser.add_argument("--img-size", type=positive, help="for square images of so many pixels (default: as trained)")
     parser.add_argument("--data", help="test images to check ONNX against PyTorch with; see 'gplq eval --help'")
     parser.add_argument("--no-labels", action="store_true", help="--data has no labels: compare, but measure no top-1")
     parser.add_argument("--images", type=positive, help="use so many of them (default: all)")
-    parser.add_argument("--batch-min", type=positive, default=1, help="smallest batch of the engines (default: 1)")
-    parser.add_argument("--batch-opt", type=positive, default=8, help="most likely batch (default: 8)")
-    parser.add_argument("--batch-max", type=positive, default=32, help="largest batch (default: 32)")
-    parser.add_argument("--sm", type=_capabilities, help="GPUs to build for, such as 86,89 (default: the builder's)")
     parser.add_argument("--force", action="store_true", help="overwrite --out")
+    engines = parser.add_argument_group("engines, each beside its FP16 twin")
+    engines.add_argument("--trt", action="store_true", help="build engines with TensorRT or TensorRT-RTX")
+    for name, text in ENGINES.items():
+        engines.add_argument(f"--{name}", action="store_true", help=text)
+    engines.add_argument("--batch-min", type=positive, default=1, help="smallest batch (default: 1)")
+    engines.add_argument("--batch-opt", type=positive, default=8, help="most likely batch (default: 8)")
+    engines.add_argument("--batch-max", type=positive, default=32, help="largest batch (default: 32)")
+    engines.add_argument("--sm", type=_capabilities, help="GPUs to build for, such as 86,89 (default: the builder's)")
+    engines.add_argument("--workspace", type=positive, help="most MiB of GPU memory a kernel may use as scratch")
+    engines.add_argument("--timing-cache", type=Path, help="file of measured kernel times, read and written (TensorRT)")
+    engines.add_argument(
+        "--version-compatible", action="store_true", help="plans that later versions run, too; slower (TensorRT)"
+    )
     parser.set_defaults(run=_export)
     return parser
 
 
 def _export(arguments: argparse.Namespace) -> None:
     _check_flags(arguments)
-    from gplq.checkpoint import load_checkpoint
+    from gplq.checkpoint import at_image_size, load_checkpoint
     from gplq.data import open_test_images
     from gplq_export.export import export
 
     checkpoint = load_checkpoint(arguments.checkpoint)
+    if arguments.img_size is not None:
+        checkpoint = at_image_size(checkpoint, arguments.img_size)
     images = None
     if arguments.data is not None:
         labels = not arguments.no_labels and checkpoint.spec.num_classes > 0
@@ -59,10 +101,11 @@ def _export(arguments: argparse.Namespace) -> None:
     result = export(
         checkpoint,
         arguments.out,
-        trt=arguments.trt,
+        engines=_engines(arguments) if arguments.trt else (),
         images=images,
         batch=(arguments.batch_min, arguments.batch_opt, arguments.batch_max),
         compute_capabilities=arguments.sm or (),
+        options=_builder_options(arguments),
         force=arguments.force,
     )
     if result.parity is not None:
@@ -78,10 +121,22 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.data is not None:
         print(f"next: look at {arguments.out / 'reports' / 'layers.svg'} and {arguments.out / 'manifest.json'}")
     else:
-        again = f"gplq-export {arguments.checkpoint} --int4 --data IMAGES --out {arguments.out} --force"
+        again = f"gplq-export {arguments.checkpoint} --data IMAGES --out {arguments.out} --force"
         print(f"next, to check the numbers: {again}")
     if result.problems:
         raise result.problems[0]
+
+
+def _engines(arguments: argparse.Namespace) -> list[str]:
+    return [name for name in ENGINES if getattr(arguments, name)] or ["int4"]
+
+
+def _builder_options(arguments: argparse.Namespace) -> BuilderOptions:
+    return BuilderOptions(
+        workspace=None if arguments.workspace is None else arguments.workspace * 2**20,
+        timing_cache=arguments.timing_cache,
+        version_compatible=arguments.version_compatible,
+    )
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
@@ -89,10 +144,18 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     smallest, likely, largest = arguments.batch_min, arguments.batch_opt, arguments.batch_max
     if not smallest <= likely <= largest:
         raise UsageError(f"batches must not fall: --batch-min {smallest}, --batch-opt {likely}, --batch-max {largest}.")
-    if not arguments.trt and (arguments.sm or (smallest, likely, largest) != (1, 8, 32)):
-        raise UsageError("--sm and --batch-… are about engines: they have no effect without --trt.")
-    for flag, given in (("--images", arguments.images is not None), ("--no-labels", arguments.no_labels)):
-        if given and arguments.data is None:
+    given = {
+        "--batch-min, --batch-opt and --batch-max": (smallest, likely, largest) != (1, 8, 32),
+        "--sm": arguments.sm is not None,
+        "--workspace": arguments.workspace is not None,
+        "--timing-cache": arguments.timing_cache is not None,
+        "--version-compatible": arguments.version_compatible,
+        **{f"--{name}": getattr(arguments, name) for name in ENGINES if name != "int4"},
+    }
+    if not arguments.trt and (useless := [flag for flag, is_given in given.items() if is_given]):
+        raise UsageError(f"{useless[0]} is about engines, and has no effect without --trt.")
+    for flag, is_given in (("--images", arguments.images is not None), ("--no-labels", arguments.no_labels)):
+        if is_given and arguments.data is None:
             raise UsageError(f"{flag} has no effect without --data.")
 
 

@@ -11,13 +11,14 @@ Importing this module needs no TensorRT.
 import contextlib
 import hashlib
 import importlib
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gplq.errors import BuildError, MissingError, UsageError
 from gplq.files import atomic_path, sha256, write_text
@@ -25,6 +26,47 @@ from gplq.progress import progress
 from gplq_export.precision import EngineReport, parse_layers
 
 _SHOWN_ERRORS = 10
+Batch = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class BuilderOptions:
+    """What can be asked of a builder besides shapes and GPUs. Each option takes effect or is refused by name.
+
+    Attributes:
+        workspace: most bytes of GPU memory that a kernel may use as scratch; None: all that the GPU has.
+        profiles: further ranges of the batch, each as ``batch`` of :func:`build_engine` and with kernels of its own:
+            the plan grows by about its own size for each.
+        timing_cache: file of measured kernel times, read if it exists and written after the build. With the same cache
+            the same kernels are chosen again. TensorRT only.
+        optimization_level: 0 … 5, how long to look for kernels (TensorRT's default: 3). TensorRT only.
+        version_compatible: the plan also runs on later versions, slower. It then holds code for the host, which whoever
+            loads it must allow. TensorRT only.
+        hardware: the plan also runs on other GPUs of the same compute capability, or on all from Ampere on, slower.
+            TensorRT only.
+    """
+
+    workspace: int | None = None
+    profiles: tuple[Batch, ...] = ()
+    timing_cache: Path | None = None
+    optimization_level: int | None = None
+    version_compatible: bool = False
+    hardware: Literal["same-capability", "ampere+"] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that differ from their defaults, ready for JSON."""
+        given = {name: value for name, value in asdict(self).items() if value != getattr(BuilderOptions(), name)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+
+
+_HARDWARE = {"same-capability": "SAME_COMPUTE_CAPABILITY", "ampere+": "AMPERE_PLUS"}
+# What TensorRT-RTX accepts and ignores, or refuses in words of its own.
+_NOT_OF_RTX = {
+    "timing_cache": "it measures no kernels while it builds, so there are no times to keep",
+    "optimization_level": "it builds the same plan at every level",
+    "version_compatible": "its plans run on the very version that built them",
+    "hardware": "its plans are portable; name the GPUs by their compute capabilities",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +78,7 @@ class Backend:
     module: Any
 
 
-def _import(name: str) -> Any | None:
+def optional_module(name: str) -> Any | None:
     """A module, or None if it or a library that it loads is absent."""
     try:
         return importlib.import_module(name)
@@ -46,7 +88,7 @@ def _import(name: str) -> Any | None:
 
 def _gpu_usable() -> bool:
     """Whether CUDA works here; full TensorRT initialises it before it builds anything."""
-    torch = _import("torch")
+    torch = optional_module("torch")
     return torch is not None and bool(torch.cuda.is_available())
 
 
@@ -57,7 +99,7 @@ def find_builder() -> Backend:
         MissingError: neither can build here; says what to install.
     """
     why = "neither TensorRT nor TensorRT-RTX can be imported"
-    if (trt := _import("tensorrt")) is not None:
+    if (trt := optional_module("tensorrt")) is not None:
         version = str(getattr(trt, "__version__", "unknown"))
         if version.split(".")[0] not in ("10", "11"):
             why = f"TensorRT {version} is installed, but version 10 or 11 is needed"
@@ -67,7 +109,7 @@ def find_builder() -> Backend:
             return Backend("TensorRT", version, trt)
     # The wheels on PyPI ship only the second name.
     for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
-        if (trt := _import(name)) is not None and hasattr(trt, "Builder"):
+        if (trt := optional_module(name)) is not None and hasattr(trt, "Builder"):
             return Backend("TensorRT-RTX", str(trt.__version__), trt)
     raise MissingError(
         f"cannot build an engine: {why}. On a machine with an NVIDIA GPU: pip install 'gplq[trt]'; "
@@ -75,7 +117,7 @@ def find_builder() -> Backend:
     )
 
 
-def _recorder(trt: Any) -> Any:
+def log_recorder(trt: Any) -> Any:
     """A logger that keeps every message with its severity, and remembers a request to cancel."""
 
     class Recorder(trt.ILogger):  # type: ignore[misc]  # the base class is only known at run time
@@ -147,7 +189,7 @@ def _parse_onnx(backend: Backend, parser: Any, onnx_path: Path) -> None:
     raise BuildError(f"{backend.name} {backend.version} cannot parse {onnx_path}, {len(errors)} error(s):\n{listing}")
 
 
-def _add_profile(builder: Any, network: Any, config: Any, batch: tuple[int, int, int]) -> None:
+def _add_profile(builder: Any, network: Any, config: Any, batch: Batch) -> None:
     """One optimisation profile: dimension 0 of each input ranges over ``batch``, all others are static."""
     profile, dynamic = builder.create_optimization_profile(), False
     for index in range(network.num_inputs):
@@ -191,8 +233,73 @@ def _set_capabilities(backend: Backend, config: Any, capabilities: tuple[int, ..
         config.set_compute_capability(known.__members__[f"SM{capability}"], index)
 
 
+def _check_options(backend: Backend, batch: Batch, options: BuilderOptions) -> None:
+    for sizes in (batch, *options.profiles):
+        if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+            raise UsageError(f"batch {sizes} is not (smallest, best, largest) in ascending order, each at least 1")
+    if options.workspace is not None and options.workspace < 1:
+        raise UsageError(f"a workspace of {options.workspace} bytes is none; give a positive number, or leave it out")
+    if options.optimization_level not in (None, *range(6)):
+        raise UsageError(f"there is no optimisation level {options.optimization_level}; choose 0 to 5")
+    if backend.name != "TensorRT-RTX":
+        return
+    given = options.to_dict()
+    if refused := [f"{name} ({reason})" for name, reason in _NOT_OF_RTX.items() if name in given]:
+        raise UsageError(f"no effect on {backend.name} {backend.version}: {'; '.join(refused)}. Leave it out.")
+
+
+def _apply(backend: Backend, config: Any, options: BuilderOptions) -> Any:
+    """Set the options; returns the timing cache or None. It must live until the build is over."""
+    trt = backend.module
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware is not None:
+        levels = trt.HardwareCompatibilityLevel.__members__
+        if _HARDWARE[options.hardware] not in levels:  # the finer one is younger than version 10.0
+            raise UsageError(f"{backend.name} {backend.version} cannot build for '{options.hardware}' hardware")
+        config.hardware_compatibility_level = levels[_HARDWARE[options.hardware]]
+    if options.timing_cache is None:
+        return None
+    content = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
+    cache = config.create_timing_cache(content)
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise UsageError(
+            f"{options.timing_cache} is no timing cache of {backend.name} {backend.version} on this GPU. "
+            "Name another file, or delete this one."
+        )
+    return cache
+
+
+# The builder's words -> what to do. {0}, {1}: what the parentheses matched.
+_REMEDIES = {
+    r"Cannot compile for target\(s\) (.+?), because the model contains HW-specific datatypes: (\w+)": "These GPUs have "
+    "no {1} arithmetic: {0}. Leave them out of the compute capabilities (FP8 needs 89 or newer, FP4 120, INT4 80), or "
+    "choose another target.",
+    r"no tactics to implement|[Cc]ould not find any implementation": "No kernel fits. Allow more workspace if you "
+    "limited it; otherwise some node has shapes or types that no kernel takes.",
+    r"[Oo]ut of memory|OutOfMemory": "The GPU's memory is full. Free some, or lower the largest batch.",
+}
+
+
+def _remedy(reasons: str) -> str:
+    """A line that says what to do about a failed build, or nothing."""
+    for pattern, advice in _REMEDIES.items():
+        if found := re.search(pattern, reasons):
+            return "\n" + advice.format(*found.groups())
+    return ""
+
+
 def _serialise(
-    backend: Backend, recorder: Any, onnx_path: Path, batch: tuple[int, int, int], capabilities: tuple[int, ...]
+    backend: Backend,
+    recorder: Any,
+    onnx_path: Path,
+    batch: Batch,
+    capabilities: tuple[int, ...],
+    options: BuilderOptions,
 ) -> bytes:
     """Parse and build; the plan's bytes. The parser owns weights that the network points to: it lives until the end."""
     trt = backend.module
@@ -207,15 +314,20 @@ def _serialise(
     _parse_onnx(backend, parser, onnx_path)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    _add_profile(builder, network, config, batch)
+    for profile in (batch, *options.profiles):
+        _add_profile(builder, network, config, profile)
     _set_capabilities(backend, config, capabilities)
+    cache = _apply(backend, config, options)
     with progress(0, "build", "step") as bar:
         config.progress_monitor = monitor = _progress(trt, recorder, bar)
         plan = builder.build_serialized_network(network, config)
     del monitor, parser
     if plan is None:
         reasons = "\n  ".join(recorder.errors()[-_SHOWN_ERRORS:]) or "no reason given"
-        raise BuildError(f"{backend.name} {backend.version} cannot build {onnx_path}:\n  {reasons}")
+        raise BuildError(f"{backend.name} {backend.version} cannot build {onnx_path}:\n  {reasons}{_remedy(reasons)}")
+    if cache is not None and options.timing_cache is not None:
+        with atomic_path(options.timing_cache) as temporary:
+            temporary.write_bytes(bytes(cache.serialize()))
     return bytes(plan)
 
 
@@ -223,31 +335,32 @@ def build_engine(
     onnx_path: Path,
     plan_path: Path,
     *,
-    batch: tuple[int, int, int] = (1, 8, 32),
+    batch: Batch = (1, 8, 32),
     compute_capabilities: tuple[int, ...] = (),
+    options: BuilderOptions | None = None,
     backend: Backend | None = None,
     log_path: Path | None = None,
 ) -> EngineReport:
     """Build ``plan_path`` from an ONNX file with explicit types, and read back what every engine layer computes in.
 
     ``batch``: smallest, best tuned and largest size of dimension 0. ``compute_capabilities``: e.g. (86, 89); empty
-    means the builder's default (TensorRT: the GPU present; TensorRT-RTX: one portable plan from Ampere on).
-    ``log_path``: gets the whole verbose log, also when the build fails. Both files are written atomically.
+    means the builder's default (TensorRT: the GPU present; TensorRT-RTX: one portable plan from Ampere on, or from Ada
+    on if it computes in FP8, which Ampere has not). ``options``: None for the defaults. ``log_path``: gets the whole
+    verbose log, also when the build fails. All files are written atomically.
 
     Raises:
         MissingError: nothing can build here, or CUDA does not start.
-        UsageError: an argument or a path is wrong.
+        UsageError: an argument or a path is wrong, or an option has no effect on this builder.
         BuildError: a node is refused, the build fails, or the log has no layer listing.
     """
-    backend = backend or find_builder()
-    if not 1 <= batch[0] <= batch[1] <= batch[2]:
-        raise UsageError(f"batch {batch} is not (smallest, best, largest) in ascending order, each at least 1")
+    backend, options = backend or find_builder(), options or BuilderOptions()
+    _check_options(backend, batch, options)
     if not onnx_path.is_file():
         raise UsageError(f"{onnx_path} is not a file")
-    onnx_hash, recorder, started = sha256(onnx_path), _recorder(backend.module), time.perf_counter()
+    onnx_hash, recorder, started = sha256(onnx_path), log_recorder(backend.module), time.perf_counter()
     try:
         with _cancelled_by_ctrl_c(recorder):
-            plan = _serialise(backend, recorder, onnx_path, batch, compute_capabilities)
+            plan = _serialise(backend, recorder, onnx_path, batch, compute_capabilities, options)
         seconds = time.perf_counter() - started
         layers = parse_layers([message for _, message in recorder.messages])
         with atomic_path(plan_path) as temporary:
@@ -267,5 +380,6 @@ def build_engine(
         onnx_sha256=onnx_hash,
         batch=batch,
         compute_capabilities=compute_capabilities,
+        options=options.to_dict(),
         layers=layers,
     )

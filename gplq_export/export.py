@@ -6,7 +6,7 @@
       model.int4.onnx         the portable reference: explicit INT4 on weights and activations
       model.fp32.onnx         the same network without quantisers: the twin to compare with
       model.fp16.onnx         the twin in FP16
-      model.trt-int4.onnx     what the engine is built from                     (--trt)
+      model.trt-int4.onnx     what an engine is built from, for each kind       (--trt)
       model.trt-int4.plan     the engine; model.fp16.plan: its FP16 twin        (--trt, if a builder is installed)
       build.*.log             the builder's own words                           (--trt)
       reports/parity.json     PyTorch against ONNX Runtime
@@ -31,14 +31,18 @@ from gplq import __version__
 from gplq.checkpoint import Checkpoint
 from gplq.data import ImageSet
 from gplq.errors import BuildError, GateError, MissingError, PrecisionError, UsageError
-from gplq.files import sha256, write_json, writing_error
+from gplq.files import sha256, write_json, write_text, writing_error
 from gplq.provenance import environment
-from gplq_export.engine import build_engine, find_builder
+from gplq_export.engine import Backend, BuilderOptions, build_engine, find_builder
+from gplq_export.inspect import storage
 from gplq_export.lowering import linear_nodes, lower
+from gplq_export.overflow import OverflowReport, probe
 from gplq_export.parity import ParityReport, compare
 from gplq_export.plot import plot_layers
-from gplq_export.precision import EngineReport, check_precision, linear_precisions
-from gplq_export.targets import TARGETS
+from gplq_export.precision import EngineReport, PrecisionTable, check_precision, precision_table
+from gplq_export.promise import promise
+from gplq_export.qdq import QdqGraph
+from gplq_export.targets import TARGETS, Target
 from gplq_export.trace import trace
 
 MANIFEST_SCHEMA_VERSION = "1.0"
@@ -52,14 +56,17 @@ class ExportResult:
 
     Attributes:
         files: name -> {bytes, sha256}. ``storage``: bytes of the INT4 file by what they hold. ``outputs``: name, shape
-        and dtype of each. ``parity``: None if no images were given. ``engines``: name -> report. ``problems``: what
-        did not work out, most severe first; each an error with its exit code.
+        and dtype of each. ``parity``: None if no images were given. ``engines``: name -> report; ``precision``: name ->
+        what multiplies in which type, read back; ``ranges``: name -> whether its floating point tensors fit into FP16.
+        ``problems``: what did not work out, most severe first; each an error with its exit code.
     """
 
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     storage: dict[str, int] = field(default_factory=dict)
     parity: ParityReport | None = None
     engines: dict[str, EngineReport] = field(default_factory=dict)
+    precision: dict[str, PrecisionTable] = field(default_factory=dict)
+    ranges: dict[str, OverflowReport] = field(default_factory=dict)
     outputs: list[dict[str, Any]] = field(default_factory=list)
     linears: list[str] = field(default_factory=list)
     problems: list[GateError | MissingError | BuildError | PrecisionError] = field(default_factory=list)
@@ -69,11 +76,12 @@ def export(
     checkpoint: Checkpoint,
     out: Path,
     *,
-    trt: bool = False,
+    engines: Sequence[str] = (),
     images: ImageSet | Sequence[Tensor] | None = None,
     forced_images: int = 256,
     batch: tuple[int, int, int] = (1, 8, 32),
     compute_capabilities: tuple[int, ...] = (),
+    options: BuilderOptions | None = None,
     force: bool = False,
     say: Say = print,
 ) -> ExportResult:
@@ -85,16 +93,19 @@ def export(
     Args:
         checkpoint: what to export.
         out: the folder to write.
-        trt: also write TensorRT's file and build engines from it.
+        engines: also write TensorRT's files and build these engines, of "int4", "int8", "fp8" and "fp16", the last of
+            which is built with any.
         images: test images for the parity check, with labels or without; or batches, just as the model gets them.
         forced_images: so many of them for its teacher-forced part.
         batch: smallest, most likely and largest batch of the engines.
         compute_capabilities: GPUs to build for, such as (86, 89); empty: the builder's default.
+        options: what else to ask of the builder.
         force: replace ``out`` if it is the folder of an earlier export, or empty.
         say: where progress messages go.
 
     Raises:
-        UsageError: ``out`` exists and ``force`` is not given, or cannot be written.
+        UsageError: ``out`` exists and ``force`` is not given, or cannot be written; or an engine cannot run on one of
+            ``compute_capabilities``.
         BuildError: the network cannot be exported at all.
     """
     if out.exists() and not force:
@@ -103,6 +114,9 @@ def export(
         raise UsageError(
             f"{out} was not written by gplq-export (it has no manifest.json of ours): --force does not delete it."
         )
+    built = [f"trt-{name}" for name in engines if name != "fp16"] + ["fp16"] * bool(engines)
+    for name in built:
+        TARGETS[name]().check_gpus(compute_capabilities)
     with _folder(out) as folder:
         result = ExportResult()
         say("exporting from PyTorch")
@@ -110,18 +124,20 @@ def export(
         result.linears = linear_nodes(dialect)
         result.outputs = [_output(value) for value in dialect.graph.outputs]
         metadata = _metadata(checkpoint)
-        names = ["int4", "fp32", "fp16", *(["trt-int4"] if trt else [])]
+        names = dict.fromkeys(["int4", "fp32", "fp16", *built])
         models = {name: lower(dialect, TARGETS[name](), metadata) for name in names}
         for name, model in models.items():
             path = folder / f"model.{name}.onnx"
             ir.save(model, path)
             result.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
             say(f"{path.name}: {path.stat().st_size:,} bytes")
-        result.storage = storage(models["int4"], result.files["model.int4.onnx"]["bytes"])
+        result.storage = storage(QdqGraph(models["int4"].clone()), result.files["model.int4.onnx"]["bytes"])
         if images is not None:
             _prove(checkpoint, models["int4"], images, forced_images, folder, result, say)
-        if trt:
-            _build(folder, result, batch, compute_capabilities, say)
+        if built:
+            _probe_ranges(dialect, built, images, result, say)
+            settings = EngineSettings(batch, compute_capabilities, options or BuilderOptions())
+            _build(folder, {name: models[name] for name in built}, settings, result, say)
         write_json(folder / "manifest.json", _manifest(checkpoint, result))
     result.problems.sort(key=lambda error: _SEVERITY.index(type(error)))
     return result
@@ -185,27 +201,6 @@ class _folder:  # noqa: N801  a context manager that reads like a function
             raise writing_error(self.out, failure) from failure
 
 
-def storage(model: ir.Model, file_bytes: int) -> dict[str, int]:
-    """Bytes of an INT4 file by what they hold; "graph" is what is no tensor: nodes, names and metadata."""
-    found = Counter[str]()
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        assert tensor is not None
-        if tensor.dtype == ir.DataType.INT4 and name.endswith(".codes"):
-            kind = "weight codes, 4 bits"
-        elif tensor.dtype == ir.DataType.INT8 and name.endswith(".codes"):
-            kind = "weight codes, 8 bits (patch embedding, classifier)"
-        elif name.endswith((".scale", ".weight_scale", ".pre_scale")):
-            kind = "scales"
-        elif name.endswith(".bias") and "norm" not in name:
-            kind = "biases of linears"
-        else:
-            kind = "norms, embeddings, constants"
-        found[kind] += (tensor.size + 1) // 2 if tensor.dtype.itemsize < 1 else tensor.nbytes
-    found["graph"] = file_bytes - sum(found.values())
-    return dict(found.most_common())
-
-
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
     return {
         "gplq.version": __version__,
@@ -249,36 +244,84 @@ def _prove(
         result.problems.append(GateError("; ".join(failures)))
 
 
-def _build(
-    folder: Path, result: ExportResult, batch: tuple[int, int, int], compute_capabilities: tuple[int, ...], say: Say
+def _probe_ranges(
+    dialect: ir.Model, names: Sequence[str], images: ImageSet | Sequence[Tensor] | None, result: ExportResult, say: Say
 ) -> None:
+    """Whether what an FP16 engine computes fits into FP16, on a few images, before it is built."""
+    if images is None:
+        say("FP16 range: skipped, no images given (--data)")
+        return
+    for name in names:
+        try:
+            found = probe(lower(dialect, TARGETS[name](ir.DataType.FLOAT), {}), images)
+        except MissingError as error:
+            say(f"FP16 range: skipped. {error}")
+            result.problems.append(error)
+            return
+        result.ranges[name] = found
+        for text in (f"{name}: {found.summary()}", *(f"warning: {name}: {text}" for text in found.warnings())):
+            say(text)
+        if failures := found.failures():
+            result.problems.append(GateError("; ".join(failures)))
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What all engines of an export have in common."""
+
+    batch: tuple[int, int, int]
+    compute_capabilities: tuple[int, ...]
+    options: BuilderOptions
+
+
+def _build(folder: Path, models: dict[str, ir.Model], settings: EngineSettings, result: ExportResult, say: Say) -> None:
     try:
         backend = find_builder()
     except MissingError as error:
         say(f"engine: skipped. {error}")
         result.problems.append(error)
         return
-    for name, expected in (("trt-int4", "INT8"), ("fp16", "FP16")):
+    for name, model in models.items():
         try:
+            target = TARGETS[name]()
+            promised = promise(model, target, result.linears)
             report = build_engine(
                 folder / f"model.{name}.onnx",
                 folder / f"model.{name}.plan",
-                batch=batch,
-                compute_capabilities=compute_capabilities,
+                batch=settings.batch,
+                compute_capabilities=settings.compute_capabilities or _default_capabilities(target, backend),
                 backend=backend,
+                options=settings.options,
                 log_path=folder / f"build.{name}.log",
             )
             result.engines[name] = report
             result.files[f"model.{name}.plan"] = {"bytes": report.plan_bytes, "sha256": report.plan_sha256}
-            check_precision(report, result.linears, expected)
+            result.precision[name] = precision_table(report, promised)
+            write_text(folder / "reports" / f"precision.{name}.txt", f"{result.precision[name]}\n")
+            check_precision(report, promised)
         except (BuildError, PrecisionError) as error:
             say(f"engine {name}: {error}")
             result.problems.append(error)
         else:
             say(
                 f"model.{name}.plan: {report.plan_bytes:,} bytes, {backend.name} {backend.version}, "
-                f"{report.build_seconds:.1f} s; all {len(result.linears)} linears run {expected} (read back)"
+                f"{report.build_seconds:.1f} s; read back: {result.precision[name].summary()}"
             )
+            if name != "fp16":
+                for note in unfused(result.precision[name]):
+                    say(note)
+
+
+def _default_capabilities(target: Target, backend: Backend) -> tuple[int, ...]:
+    """The builder's default, empty, unless TensorRT-RTX would silently leave GPUs out of it that lack a type."""
+    portable = backend.name == "TensorRT-RTX" and target.compute_capability > 80
+    return tuple(sm for sm in (86, 89, 120) if sm >= target.compute_capability) if portable else ()
+
+
+def unfused(table: PrecisionTable) -> list[str]:
+    """One line for each reason for which attentions are not fused."""
+    reasons = Counter(row.note for row in table.of("attention") if row.found == "unfused")
+    return [f"attention: {count} unfused: {reason or 'unknown'}" for reason, count in reasons.items()]
 
 
 def _manifest(checkpoint: Checkpoint, result: ExportResult) -> dict[str, Any]:
@@ -302,7 +345,11 @@ def _manifest(checkpoint: Checkpoint, result: ExportResult) -> dict[str, Any]:
         "int4_onnx_bytes": result.storage,
         "parity": None if result.parity is None else result.parity.to_dict(),
         "engines": {
-            name: {**report.to_dict(), "linear_precisions": linear_precisions(report.layers, result.linears)}
+            name: {
+                **report.to_dict(),
+                "precision": table.to_dict() if (table := result.precision.get(name)) else None,
+                "fp16_range": found.to_dict() if (found := result.ranges.get(name)) else None,
+            }
             for name, report in result.engines.items()
         },
         "problems": [{"exit_code": error.exit_code, "message": str(error)} for error in result.problems],

@@ -6,7 +6,8 @@
 4. Conv(codes, …)         -> Conv(dequantised codes, the target's weight, bias)
 5. MatMul(a, …, b, …)     -> MatMul(dequantised a, dequantised b)
 6. float initialisers     -> the target's float type, with a Cast behind the input and in front of the output if FP16
-7. what nothing reads     -> removed; metadata written; the ONNX checker run in full
+7. the whole graph        -> the target's passes, in their order (:mod:`gplq_export.passes`)
+8. what nothing reads     -> removed; metadata written; the ONNX checker run in full
 
 The result holds no node of the dialect, and each quantiser's codes under ``<quantizer>.codes``.
 """
@@ -21,6 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from gplq import __version__
 from gplq.errors import BuildError
 from gplq_export.dialect import DOMAIN
+from gplq_export.passes.common import MARKED
 from gplq_export.targets import GraphWriter, Quantizer, Target, Weight, codes_name
 from gplq_export.trace import WEIGHTED, is_dialect, node_name
 
@@ -48,7 +50,7 @@ def lower(dialect: ir.Model, target: Target, metadata: dict[str, str]) -> ir.Mod
             result = marks[name] = _unmark(node, list(marks.values()))
         elif node.op_type == "Quantize":
             result = target.quantizer(writer, _quantizer(node))
-            codes[name] = codes_name(name)
+            codes[name] = codes_name(name) if target.holds_codes else str(result.name)
         elif node.op_type == "Linear":
             result = _linear(writer, node, target, quantizers[name])
         elif node.op_type == "Conv":
@@ -59,6 +61,10 @@ def lower(dialect: ir.Model, target: Target, metadata: dict[str, str]) -> ir.Mod
             result.type, result.shape = node.outputs[0].type, node.outputs[0].shape
         ir.convenience.replace_all_uses_with(node.outputs, [result], replace_graph_outputs=True)
         graph.remove(node, safe=True)
+    for value in marks.values():
+        value.meta[MARKED] = True
+    for graph_pass in target.passes:
+        graph_pass(model)
     RemoveUnusedNodesPass()(model)
     for value, output in zip(graph.outputs, outputs, strict=True):
         value.name = output  # of a backbone, some of them are marked, too

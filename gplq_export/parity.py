@@ -1,4 +1,7 @@
-"""Proof that an ONNX file computes what PyTorch computed: PyTorch fake-quant against ONNX Runtime, optimisation off.
+"""Proof that an ONNX file computes what PyTorch computed: PyTorch fake-quant against the file in its runtime.
+
+The reference file runs in ONNX Runtime with optimisation off; a deployment file in what it is made for, as it will run
+(:mod:`gplq_export.runtimes`).
 
 Rounding is chaotic: two correct back ends sum in different orders, a last-bit difference in front of a quantiser flips
 a code, and the flip travels through all blocks. So each thing is judged where it can be judged:
@@ -16,7 +19,8 @@ Everything is streamed: memory is one batch, whatever the number of images.
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,18 +33,25 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gplq import grid
 from gplq.checkpoint import frozen_quantizers, integer_linears
 from gplq.convert import input_name, output_name, structure_of, units
 from gplq.data import ImageSet, batches
 from gplq.errors import MissingError
 from gplq.evaluate import Accuracy, Similarity, cosines
-from gplq.integer import FrozenQuantizer, set_rounding
+from gplq.integer import FrozenQuantizer, IntegerLinear, set_rounding
+from gplq.ops import Codes
 from gplq.progress import progress
+from gplq_export.passes.common import constant, only_reader
+from gplq_export.passes.fold_layer_scale import SCALED
 from gplq_export.targets import codes_name
 from gplq_export.trace import INPUT, LOGITS
 
 BLOCK_LIMIT = 0.005  # share of a block's codes that may differ when it is fed the same input
 LINEAR_LIMIT = 1e-4  # largest difference of a linear's output from PyTorch's, relative to its largest value
+Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]  # arrays by the names of inputs -> one for each output
+Runtime = Callable[[bytes], Run]  # opens a serialised model
+_TIE = 2.0**-20  # by so much a reciprocal, rounded, and a product with it may be wrong
 _COSINE_RESOLUTION = 1e-6  # two FP32 networks without any unequal code differ by less
 _BEFORE, _BEHIND = "stem", "head"  # the parts of the network in front of the first unit and behind the last
 
@@ -190,6 +201,16 @@ def _sum(counts: Any) -> CodeCount:
     return total
 
 
+def onnxruntime_reference(model: bytes) -> Run:
+    """ONNX Runtime on the CPU, which runs the graph as it is written.
+
+    Raises:
+        MissingError: ONNX Runtime is not installed.
+    """
+    session = reference_session(model)
+    return lambda feeds: list(session.run(None, feeds))
+
+
 @torch.inference_mode()
 def compare(
     model: nn.Module,
@@ -198,6 +219,8 @@ def compare(
     *,
     forced_images: int = 256,
     batch_size: int = 64,
+    runtime: Runtime = onnxruntime_reference,
+    ties: bool = False,
 ) -> ParityReport:
     """Compare a frozen model with its lowered ONNX graph on images.
 
@@ -207,21 +230,28 @@ def compare(
         images: with labels, or without (all of them -1). Or batches [B, C, H, W], just as the model gets them.
         forced_images: how many images go through the teacher-forced comparisons; free-running takes all.
         batch_size: images at once, of an image set.
+        runtime: where the graph runs.
+        ties: it multiplies by the reciprocal of a scale: where the last bits of a number decide between two codes, it
+            may take either.
 
     Raises:
-        MissingError: ONNX Runtime is not installed.
+        MissingError: the runtime is not installed.
     """
-    quantizers = _in_order(onnx_model, frozen_quantizers(model))
+    taps = _taps(onnx_model, frozen_quantizers(model))
+    quantizers = list(taps)
     linears = {name: _linear_output(onnx_model, name) for name in integer_linears(model)}
-    sources = {name: _quantizer_input(onnx_model, name) for name in quantizers}
-    taps = [codes_name(name) for name in quantizers]
-    fed = {source for source in sources.values() if source not in onnx_model.graph.initializers}
+    factors = {name: _folded_factor(onnx_model, name, linear) for name, linear in integer_linears(model).items()}
+    tapped = [tap.tensor for tap in taps.values()]
+    fed = {tap.source for tap in taps.values() if tap.source not in onnx_model.graph.initializers}
     outputs = [str(value.name) for value in onnx_model.graph.outputs]
-    free = _Session(onnx_model, [INPUT], [*outputs, *taps])
+    free = _Session(onnx_model, [INPUT], [*outputs, *tapped], runtime)
+    # What is looked at cannot be merged with what follows: a runtime that optimises answers without.
+    whole = free if runtime is onnxruntime_reference else _Session(onnx_model, [INPUT], outputs, runtime)
     # An output that a quantiser reads as it is would be fed.
-    wanted = [*taps, *linears.values(), *(output for output in outputs if output not in fed)]
-    forced = _Session(onnx_model, _sources(onnx_model.graph, wanted, {*fed, INPUT}), wanted)
-    segments = _segments(onnx_model, structure_of(model).units, quantizers)
+    wanted = list(dict.fromkeys([*tapped, *linears.values(), *(name for name in outputs if name not in fed)]))
+    forced = _Session(onnx_model, _sources(onnx_model.graph, wanted, {*fed, INPUT}), wanted, runtime)
+    segments = _segments(onnx_model, structure_of(model).units, taps, runtime)
+    behind = segments[_BEHIND].quantizers if _BEHIND in segments else []
     classifies = outputs == [LOGITS]
     labelled = classifies and isinstance(images, ImageSet) and min(images.labels) >= 0
 
@@ -229,7 +259,6 @@ def compare(
     report = ParityReport(forced_images=min(forced_images, count))
     for table, names in ((report.quantizers, quantizers), (report.free, quantizers), (report.blocks, segments)):
         table.update({name: CodeCount() for name in names})
-    report.linears, report.outputs = dict.fromkeys(linears, 0.0), dict.fromkeys(outputs, 0.0)
     signal, noise = np.zeros(len(units(model))), np.zeros(len(units(model)))
     right = {"torch": 0, "onnx": 0}
     close: dict[str, list[Tensor]] = {"agreement": [], "floor": []}
@@ -239,22 +268,33 @@ def compare(
             seen = _Capture(model)
             results = tree_leaves(seen.run(inputs))
             answers = free.run({INPUT: inputs.numpy()})
-            for name in quantizers:
-                report.free[name].add(answers[codes_name(name)], seen.codes[name])
+            for name, tap in taps.items():
+                report.free[name].add(tap.codes(answers), seen.codes[name])
+            if whole is not free:
+                answers = whole.run({INPUT: inputs.numpy()})
             if done < report.forced_images:
-                feeds = {source: seen.inputs[name] for name, source in sources.items()}
+                feeds = {tap.source: tap.feed(seen.inputs[name]) for name, tap in taps.items()}
                 answers_forced = forced.run({INPUT: inputs.numpy(), **feeds})
-                for name in quantizers:
-                    report.quantizers[name].add(answers_forced[codes_name(name)], seen.codes[name])
+                equal: dict[str, np.ndarray] = {}
+                for name, tap in taps.items():
+                    codes, expected = tap.codes(answers_forced), seen.codes[name]
+                    equal[name] = (codes == expected).reshape(len(codes), -1).all(1)
+                    if ties and not equal[name].all():
+                        expected = _nearest(codes, model.get_submodule(name), seen.inputs[name])
+                    report.quantizers[name].add(codes, expected)
                 for name, output in linears.items():
-                    _keep_largest(report.linears, name, answers_forced[output], seen.linear_outputs[name])
+                    same = equal[seen.linear_quantizers[name]]  # behind another code a linear returns something else
+                    expected = seen.linear_outputs[name] * factors[name]
+                    _keep_largest(report.linears, name, answers_forced[output][same], expected[same])
+                same = np.logical_and.reduce([equal[name] for name in behind], initial=True)
                 for output, result in zip(outputs, results, strict=True):
                     if output in answers_forced:
-                        _keep_largest(report.outputs, output, answers_forced[output], result.numpy())
+                        same = np.broadcast_to(same, len(result))
+                        _keep_largest(report.outputs, output, answers_forced[output][same], result.numpy()[same])
                 for block, segment in segments.items():
                     answers_block = segment.session.run(seen.unit_inputs | {INPUT: inputs.numpy()})
                     for name in segment.quantizers:
-                        report.blocks[block].add(answers_block[codes_name(name)], seen.codes[name])
+                        report.blocks[block].add(taps[name].codes(answers_block), seen.codes[name])
                 _add_error(model, seen, inputs, signal, noise)
             found = [torch.from_numpy(answers[output]) for output in outputs]
             with AnotherSummationOrder():
@@ -269,6 +309,9 @@ def compare(
                 report.max_output_difference = float(np.maximum(report.max_output_difference, difference))
             done += len(inputs)
             bar.update(len(inputs))
+    # What was never compared, because a tie stood before it in every image, is not proven.
+    report.linears = {name: report.linears.get(name, math.nan) for name in linears}
+    report.outputs = {name: report.outputs.get(name, 0.0 if name in fed else math.nan) for name in outputs}
     report.agreement, report.noise_floor = (_summary(values, classifies) for values in close.values())
     if labelled:
         report.torch_top1, report.onnx_top1 = (Accuracy(number, done) for number in right.values())
@@ -297,8 +340,58 @@ def _summary(values: list[Tensor], classifies: bool) -> Accuracy | Similarity:
 
 
 def _keep_largest(table: dict[str, float], name: str, found: np.ndarray, expected: np.ndarray) -> None:
+    if not found.size:
+        return
     difference = _largest(found - expected) / max(_largest(expected), 1e-30)
-    table[name] = float(np.maximum(table[name], difference))  # unlike max, keeps a NaN
+    table[name] = float(np.maximum(table.get(name, 0.0), difference))  # unlike max, keeps a NaN
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """Where a graph holds what a quantiser reads (``source``) and its codes (``tensor``), and in which form.
+
+    ``scale``: of a graph that holds codes * scale only. ``offset``: what is added to the codes. ``axes``: how a graph
+    that quantises first and transposes then does that, as ``numpy.transpose`` takes it.
+    """
+
+    tensor: str
+    source: str
+    scale: float | None = None
+    offset: int = 0
+    axes: tuple[int, ...] | None = None
+
+    def codes(self, answers: dict[str, np.ndarray]) -> np.ndarray:
+        """The codes, as PyTorch has them."""
+        found = answers[self.tensor]
+        codes = found.astype(np.int16) - self.offset if self.scale is None else np.rint(found / self.scale)
+        return codes if self.axes is None else codes.transpose(self.axes)
+
+    def feed(self, x: np.ndarray) -> np.ndarray:
+        """A quantiser's input in PyTorch, as the graph has it."""
+        return x if self.axes is None else np.ascontiguousarray(x.transpose(np.argsort(self.axes)))
+
+
+def _taps(onnx_model: ir.Model, quantizers: Mapping[str, FrozenQuantizer]) -> dict[str, _Tap]:
+    """By quantiser, in the order in which the graph computes them."""
+    found, values = {}, ir.convenience.create_value_mapping(onnx_model.graph)
+    for name, quantizer in quantizers.items():
+        held = codes_name(name) in values
+        value = values[codes_name(name) if held else f"{name}.dequantized"]
+        node: ir.Node | None = value.producer()
+        while held and node is not None and node.op_type != "QuantizeLinear":  # a clamp of the codes
+            node = node.inputs[0].producer() if node.inputs[0] is not None else None
+        zero_point = constant(node.inputs[2]) if held and node is not None else None
+        after = only_reader(value)
+        moved = after is not None and after.name is not None and after.name.startswith(f"{name}/Transpose")
+        found[name] = _Tap(
+            str(value.name),
+            _quantizer_input(value, name),
+            scale=None if held else float(quantizer.scale),
+            offset=0 if zero_point is None else int(zero_point),
+            axes=tuple(after.attributes["perm"].as_ints()) if moved and after is not None else None,
+        )
+    position = {value.name: i for i, node in enumerate(onnx_model.graph) for value in node.outputs}
+    return dict(sorted(found.items(), key=lambda item: position[item[1].tensor]))
 
 
 @dataclass
@@ -309,11 +402,12 @@ class _Segment:
     session: "_Session"
 
 
-def _segments(onnx_model: ir.Model, names: list[str], quantizers: list[str]) -> dict[str, _Segment]:
+def _segments(onnx_model: ir.Model, names: list[str], taps: dict[str, _Tap], runtime: Runtime) -> dict[str, _Segment]:
     """For the part before all units, each unit, and the part behind: its quantisers and the first one behind it.
 
     Without the one behind, nothing would see the last linear of a unit, or what stands before all units.
     """
+    quantizers = list(taps)
     last = max(i for i, quantizer in enumerate(quantizers) if quantizer.startswith(tuple(f"{name}." for name in names)))
     first = {name: next(i for i, q in enumerate(quantizers) if q.startswith(f"{name}.")) for name in names}
     starts = [(_BEFORE, 0), *first.items()]
@@ -326,9 +420,9 @@ def _segments(onnx_model: ir.Model, names: list[str], quantizers: list[str]) -> 
         ending = output_name(names[-1]) if following == _BEHIND else f"{following}.input"
         own = {tensor for mark, tensor in marks.items() if mark.startswith(ending)}
         known = {tensor: mark for mark, tensor in marks.items() if tensor not in own}
-        outputs = [codes_name(quantizer) for quantizer in inside]
+        outputs = [taps[quantizer].tensor for quantizer in inside]
         feeds = _sources(onnx_model.graph, outputs, {*known, INPUT})
-        found[name] = _Segment(inside, _Session(onnx_model, feeds, outputs, known))
+        found[name] = _Segment(inside, _Session(onnx_model, feeds, outputs, runtime, known))
     return found
 
 
@@ -350,14 +444,18 @@ def _sources(graph: ir.Graph, outputs: list[str], known: set[str]) -> list[str]:
     return list(seen)
 
 
-def _in_order(onnx_model: ir.Model, names: Iterable[str]) -> list[str]:
-    """Quantisers in the order in which the graph computes them."""
-    position = {value.name: i for i, node in enumerate(onnx_model.graph) for value in node.outputs}
-    return sorted(names, key=lambda name: position[codes_name(name)])
-
-
 def _largest(x: np.ndarray) -> float:
     return float(np.abs(x).max())
+
+
+def _nearest(found: np.ndarray, quantizer: Any, inputs: np.ndarray) -> np.ndarray:
+    """The codes of ``inputs``; where another is as near but for the last bits, that one if it was found."""
+    x = torch.from_numpy(inputs)
+    x = x if quantizer.pre_shift is None else x + quantizer.pre_shift
+    x = x if quantizer.pre_scale is None else x * quantizer.pre_scale
+    near = [grid.quantize(x, quantizer.scale * (1 + e), quantizer.bits, quantizer.signed) for e in (0.0, _TIE, -_TIE)]
+    exact, smaller, larger = (codes.numpy() for codes in near)
+    return np.where((found == smaller) | (found == larger), found, exact)
 
 
 def _add_error(model: nn.Module, quantised: "_Capture", inputs: Tensor, signal: np.ndarray, noise: np.ndarray) -> None:
@@ -382,6 +480,8 @@ class _Capture:
         self.inputs: dict[str, np.ndarray] = {}
         self.codes: dict[str, np.ndarray] = {}
         self.linear_outputs: dict[str, np.ndarray] = {}
+        self.linear_quantizers: dict[str, str] = {}  # which quantiser made the codes that a linear read
+        self._makers: dict[int, str] = {}
         self.unit_inputs: dict[str, np.ndarray] = {}  # by exported name; the last unit's output is the head's input
         self.unit_outputs: dict[str, np.ndarray] = {}
 
@@ -410,12 +510,14 @@ class _Capture:
             if module.rounding:
                 self.inputs[name] = args[0].numpy()
                 self.codes[name] = output.values.to(torch.int8).numpy()
+                self._makers[id(output.values)] = name
 
         return keep
 
     def _linear_hook(self, name: str) -> Any:
-        def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+        def keep(_: nn.Module, args: tuple[Codes], output: Tensor) -> None:
             self.linear_outputs[name] = output.numpy()
+            self.linear_quantizers[name] = self._makers.get(id(args[0].values), "")
 
         return keep
 
@@ -466,17 +568,22 @@ class AnotherSummationOrder(TorchDispatchMode):
 
 
 class _Session:
-    """A part of an ONNX graph in ONNX Runtime on the CPU, graph optimisation off; codes come back as int8."""
+    """A part of an ONNX graph in a runtime; 4-bit codes come back as int8."""
 
     def __init__(
-        self, model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], names: Mapping[str, str] | None = None
+        self,
+        model: ir.Model,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        runtime: Runtime,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         """``names``: by which name :meth:`run` is given an input, if not by the tensor's own."""
         self.inputs = {tensor: (names or {}).get(tensor, tensor) for tensor in inputs}
         part = ir.convenience.extract(model.graph, list(inputs), list(outputs))
         for index, value in enumerate(part.outputs):
             producer = value.producer()
-            if producer is None or producer.op_type != "QuantizeLinear":
+            if producer is None or producer.op_type != "QuantizeLinear" or not _is_4_bit(producer):
                 continue
             # ONNX Runtime's Python API cannot return 4-bit tensors.
             cast = ir.node("Cast", [value], attributes={"to": ir.DataType.INT8}, name=f"{value.name}/Cast")
@@ -489,13 +596,13 @@ class _Session:
             value.shape = None if value.name != INPUT else value.shape
         whole = ir.Model(part, ir_version=model.ir_version)
         whole.opset_imports.update(model.opset_imports)
-        self.session = reference_session(ir.to_proto(whole).SerializeToString())
+        self._run = runtime(ir.to_proto(whole).SerializeToString())
         self.outputs = list(outputs)
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Arrays by tensor name; ``feeds`` may hold more than is needed."""
         needed = {tensor: feeds[name] for tensor, name in self.inputs.items()}
-        return dict(zip(self.outputs, self.session.run(None, needed), strict=True))
+        return dict(zip(self.outputs, self._run(needed), strict=True))
 
 
 def reference_session(model: bytes | str) -> Any:
@@ -517,10 +624,14 @@ def reference_session(model: bytes | str) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _quantizer_input(model: ir.Model, quantizer: str) -> str:
-    """The tensor that a quantiser, with the factor in front of it if it has one, reads."""
-    values = ir.convenience.create_value_mapping(model.graph)
-    node = values[codes_name(quantizer)].producer()
+def _is_4_bit(quantize: ir.Node) -> bool:
+    zero_point = quantize.inputs[2]
+    return zero_point is not None and zero_point.dtype in (ir.DataType.INT4, ir.DataType.UINT4)
+
+
+def _quantizer_input(result: ir.Value, quantizer: str) -> str:
+    """The tensor that a quantiser, with the factor in front of it if it has one, reads. ``result``: what it returns."""
+    node = result.producer()
     while node is not None and node.name is not None and node.name.startswith(f"{quantizer}/"):
         source = node.inputs[0]
         assert source is not None and source.name is not None
@@ -534,3 +645,9 @@ def _linear_output(model: ir.Model, linear: str) -> str:
     name = nodes.get(f"{linear}/Add", nodes[linear]).outputs[0].name
     assert name is not None
     return name
+
+
+def _folded_factor(model: ir.Model, linear: str, layer: IntegerLinear) -> np.ndarray:
+    """What a graph multiplies a linear's output by within the linear: 1, or the layer scale behind it, [N]."""
+    scaled = constant(model.graph.initializers.get(f"{linear}.weight_scale{SCALED}"))
+    return np.ones((), np.float32) if scaled is None else scaled / layer.weight_scale.numpy()

@@ -1,16 +1,20 @@
-"""Reading back at which precision an engine runs, layer by layer, and comparing it with what was asked for.
+"""Reading back at which precision an engine runs, layer by layer, and comparing it with what was promised.
+
+:mod:`gplq_export.promise` reads the promise off the ONNX file that an engine is built from; :func:`precision_table`
+looks up each linear, product and attention in the engine, and :func:`check_precision` requires what was promised.
 
 With detailed profiling verbosity and a verbose logger the builder prints "Layers:" and one line for each engine layer
 with its tensors' types and the ONNX nodes in it, also on a machine without a GPU. Matrix multiplications appear as
 ``gemm`` (operands as stored, epilogue apart) or as a fusion ``__myl_<ops>Fc<ops>`` whose operations before ``Fc``
-convert the operands: a ``Cast`` there means that 8-bit operands are dequantised inside the kernel and multiplied in
-floating point, although the layer's inputs say Int8.
+convert the operands (``Corr`` stands for a convolution): a ``Cast`` there means that 8-bit operands are dequantised
+inside the kernel and multiplied in floating point, although the layer's inputs say Int8. A fused attention is one
+``_gemm_mha_v2`` whose metadata name both of its products.
 """
 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gplq.errors import BuildError, PrecisionError
@@ -57,7 +61,10 @@ class EngineLayer:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What was built, from what, and what is in it. ``batch`` is (smallest, best tuned, largest)."""
+    """What was built, from what, and what is in it. ``batch`` is (smallest, best tuned, largest).
+
+    ``options``: what was asked of the builder beyond its defaults (:class:`gplq_export.engine.BuilderOptions`).
+    """
 
     backend: str
     backend_version: str
@@ -68,11 +75,140 @@ class EngineReport:
     batch: tuple[int, int, int]
     compute_capabilities: tuple[int, ...]
     layers: tuple[EngineLayer, ...]
+    options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
         lists = {"batch": list(self.batch), "compute_capabilities": list(self.compute_capabilities)}
         return {**vars(self), **lists, "layers": [layer.to_dict() for layer in self.layers]}
+
+
+ANY = "any"  # nothing is promised: the checkpoint itself leaves it in floating point
+
+
+@dataclass(frozen=True)
+class Multiplication:
+    """A linear, or a product of two activations, of an ONNX file, and the precision that its types promise.
+
+    Attributes:
+        node: name of the MatMul, Gemm or Conv.
+        kind: "linear" or "product".
+        storage: type of the weight's codes, such as "INT4", or of the weight itself; of a product, as ``carrier``.
+        carrier: type of the activation's codes, or of the activation itself.
+        compute: type in which it is to multiply, or ``ANY``.
+    """
+
+    node: str
+    kind: str
+    storage: str
+    carrier: str
+    compute: str
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A softmax between two products, and whether engines can run it as one kernel.
+
+    Attributes:
+        name: what the names of its products have in common.
+        products: the nodes of queries times keys and of probabilities times values; empty if they are not found.
+        carrier: type of the operands, such as "INT8"; several are joined by "+".
+        obstacle: why no kernel runs it as one; None if one does.
+    """
+
+    name: str
+    products: tuple[str, ...]
+    carrier: str
+    obstacle: str | None = None
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What an engine is to be checked for: everything that multiplies in its ONNX file."""
+
+    multiplications: tuple[Multiplication, ...]
+    attentions: tuple[Attention, ...] = ()
+
+    @classmethod
+    def of(cls, linears: Sequence[str], compute: str) -> "Promise":
+        """That all ``linears`` (names of ONNX nodes) multiply in one type."""
+        return cls(tuple(Multiplication(node, "linear", compute, compute, compute) for node in linears))
+
+
+@dataclass(frozen=True)
+class PrecisionRow:
+    """What became of one linear, product or attention in the engine.
+
+    Attributes:
+        kind: "linear", "product" or "attention".
+        storage, carrier: of its operands, as in :class:`Multiplication`.
+        promised: "INT8", "FP16", …, or "any"; of an attention "INT8 fused" or "unfused"; of a product within a fused
+            attention what became of the attention, whose own row says what was promised.
+        found: the same, read back. "missing" if no engine layer names it, "unknown" if the builder does not say.
+        layers: the engine layers that multiply it.
+        merged: the ONNX nodes that share these layers with it.
+        note: why an attention is not fused.
+    """
+
+    name: str
+    kind: str
+    storage: str
+    carrier: str
+    promised: str
+    found: str
+    layers: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the promise is kept. An attention may be fused although nothing promised it."""
+        return self.promised in (ANY, self.found) or (self.promised == "unfused" and self.found.endswith("fused"))
+
+
+@dataclass(frozen=True)
+class PrecisionTable:
+    """One row for each linear, product and attention, in the order of the ONNX file; attentions last."""
+
+    rows: tuple[PrecisionRow, ...]
+
+    def of(self, kind: str) -> list[PrecisionRow]:
+        """The rows of one kind."""
+        return [row for row in self.rows if row.kind == kind]
+
+    def summary(self) -> str:
+        """One line: how many of each kind run at what.
+
+        >>> row = PrecisionRow("fc", "linear", "INT4", "INT8", "INT8", "INT8")
+        >>> PrecisionTable((row, row)).summary()
+        'linears: 2 INT8'
+        """
+        counts = {kind: Counter(row.found for row in self.of(kind)) for kind in ("linear", "product", "attention")}
+        return "; ".join(
+            f"{kind}s: " + ", ".join(f"{number} {found}" for found, number in counter.most_common())
+            for kind, counter in counts.items()
+            if counter
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary and all rows, ready for JSON."""
+        rows = [
+            {**vars(row), "layers": list(row.layers), "merged": list(row.merged), "kept": row.kept} for row in self.rows
+        ]
+        return {"summary": self.summary(), "rows": rows}
+
+    def __str__(self) -> str:
+        """As text in columns, with the reason behind each attention that is not fused."""
+        heads = ("name", "kind", "storage", "carrier", "promised", "found", "engine layer")
+        lines = [heads]
+        for row in self.rows:
+            kernels = row.layers[0] if row.layers else "-"
+            more = f" and {len(row.layers) - 1} more" if len(row.layers) > 1 else ""
+            lines.append((row.name, row.kind, row.storage, row.carrier, row.promised, row.found, kernels + more))
+        widths = [max(len(line[column]) for line in lines) for column in range(len(heads) - 1)]
+        text = ["  ".join([*map(str.ljust, line, widths), line[-1]]).rstrip() for line in lines]
+        notes = [f"{row.name}: {row.note}" for row in self.rows if row.note]
+        return "\n".join([*text, *notes])
 
 
 def _dtype(text: str) -> str:
@@ -124,23 +260,36 @@ def _prologue(layer: EngineLayer) -> str | None:
     >>> [_prologue(EngineLayer(n, "", (), (), (), ())) for n in ("__myl_CastMulFc_myl0_3", "__myl_MulAdd_myl0_4")]
     ['CastMul', None]
     """
-    found = re.match(r"__myl_([A-Za-z]*?)Fc", layer.name)
+    found = re.match(r"__myl_([A-Za-z]*?)(?:Fc|Corr)", layer.name)
     return found[1] if found else None
+
+
+def _place(layer: EngineLayer) -> tuple[list[str], str | None]:
+    """The ONNX nodes that a layer's name consists of, and in which of the engine's compiled parts it is.
+
+    >>> _place(EngineLayer("q [profile 1]+k [profile 1]_myl1_2", "gemm", (), (), (), ()))
+    (['q', 'k'], '1')
+    """
+    found = re.fullmatch(r"(.*?)(?:_myl(\d+)_\d+)?", layer.name, re.DOTALL)
+    assert found is not None  # the pattern fits everything
+    return [re.sub(r" \[profile \d+\]$", "", name.strip()) for name in found[1].split("+")], found[2]
 
 
 def _running(layers: Sequence[EngineLayer], node: str) -> list[EngineLayer]:
     """The engine layers that do the multiplication of an ONNX MatMul or Gemm.
 
     A ``gemm`` carries the names of its nodes: "q+k+v_myl0_2" when siblings were merged. A fusion carries them only in
-    its metadata, as do the kernels before and after it, which move or scale but do not multiply.
+    its metadata, as do the kernels before and after it, which move or scale but do not multiply. Each optimisation
+    profile is a part of the engine with kernels of its own.
     """
-    for layer in layers:
-        if node in (name.strip() for name in re.sub(r"_myl\d+_\d+$", "", layer.name).split("+")):
-            return [layer]
-    return [
+    places = [(layer, *_place(layer)) for layer in layers]
+    named = {part: layer for layer, nodes, part in places if node in nodes}
+    return list(named.values()) + [
         layer
-        for layer in layers
-        if node in layer.onnx_nodes and (layer.layer_type == "gemm" or _prologue(layer) is not None)
+        for layer, _, part in places
+        if node in layer.onnx_nodes
+        and part not in named
+        and (layer.layer_type in ("gemm", "correlation") or _prologue(layer) is not None)
     ]
 
 
@@ -186,6 +335,10 @@ _ADVICE = {
     "connect DequantizeLinear directly to the MatMul.",
     "reduction axis": "Likely weight scales along the reduction axis: quantise per output channel, axis=1 for a [K, N] "
     "weight of a MatMul, axis=0 for the [N, K] weight of a Gemm with transB=1.",
+    "attention": "The file promises an attention that engines fuse, and this one did not: look at what stands between "
+    "its products in the ONNX file, and report it with the builder's log.",
+    "product": "A product of activations: check that QuantizeLinear and DequantizeLinear of one type, with one "
+    "constant scale each, stand in front of both its factors.",
     "other": "Its weights are dequantised before the multiplication: check that QuantizeLinear and DequantizeLinear "
     "with one constant scale stand directly before its input, and that weights have one scale per output channel.",
 }
@@ -211,23 +364,82 @@ def _broken_rule(layers: Sequence[EngineLayer], layer: EngineLayer | None) -> st
     return "reduction axis" if any(t.shape[-1] == 1 for t in scales) else "other"
 
 
-def check_precision(report: EngineReport, linears: Sequence[str], expected: str) -> None:
-    """Require that every linear (ONNX node name) multiplies in ``expected``, e.g. "INT8".
+def precision_table(report: EngineReport, promise: Promise) -> PrecisionTable:
+    """Everything that the promise names, looked up in the engine."""
+    layers = report.layers
+    fused: dict[str, PrecisionRow] = {}
+    rows: list[PrecisionRow] = []
+    for attention in promise.attentions:
+        kernels = _fused_kernels(layers, attention)
+        promised = "unfused" if attention.obstacle else f"{attention.carrier} fused"
+        found = f"{_widest(kernels)} fused" if kernels else "unfused"
+        if not kernels and any(not _running(layers, product) for product in attention.products):
+            found = "missing"
+        rows.append(_row(attention.name, "attention", (attention.carrier,) * 2, promised, found, kernels, attention))
+        fused |= {product: rows[-1] for product in attention.products if kernels}
+    multiplications = []
+    for it in promise.multiplications:
+        if it.node in fused:
+            row = fused[it.node]
+            # What it promised alone counts for less than what was promised of the attention, whose row says it all.
+            multiplications.append(replace(row, name=it.node, kind=it.kind, promised=row.found, note=""))
+            continue
+        running = _running(layers, it.node)
+        found = max(map(_precision, running), key=_WIDTH.__getitem__, default="missing")
+        multiplications.append(_row(it.node, it.kind, (it.storage, it.carrier), it.compute, found, running))
+    return PrecisionTable((*multiplications, *rows))
+
+
+def _fused_kernels(layers: Sequence[EngineLayer], attention: Attention) -> list[EngineLayer]:
+    """The kernels that run an attention as a whole, one for each optimisation profile; none if any profile does not."""
+    if not attention.products or any(_running(layers, product) for product in attention.products):
+        return []
+    return [layer for layer in layers if "_mha" in layer.name and set(attention.products) <= set(layer.onnx_nodes)]
+
+
+def _widest(kernels: Sequence[EngineLayer]) -> str:
+    """The widest type among the operands of fused attentions."""
+    return max((t.dtype for layer in kernels for t in layer.inputs), key=lambda name: _WIDTH.get(name, 99))
+
+
+def _row(
+    name: str,
+    kind: str,
+    operands: tuple[str, str],
+    promised: str,
+    found: str,
+    running: Sequence[EngineLayer],
+    attention: Attention | None = None,
+) -> PrecisionRow:
+    own = {name, *(attention.products if attention else ())}
+    merged = dict.fromkeys(node for layer in running for node in layer.onnx_nodes if node not in own)
+    note = attention.obstacle or "" if attention else ""
+    return PrecisionRow(name, kind, *operands, promised, found, tuple(it.name for it in running), tuple(merged), note)
+
+
+def check_precision(report: EngineReport, promise: Promise) -> PrecisionTable:
+    """Require that the engine keeps the promise; returns the proof.
 
     Raises:
-        PrecisionError: one does not, or there is none to check; names the first, the likely rule broken and the remedy.
+        PrecisionError: a linear or product multiplies in another type, an attention that could be fused is not, or
+            there is nothing to check; names the first, the likely rule broken and the remedy.
     """
-    found = linear_precisions(report.layers, linears)
-    wrong = [node for node, precision in found.items() if precision != expected]
-    if found and not wrong:
-        return
-    if not found:
-        raise PrecisionError(f"no linear was given to check for {expected}; a check of nothing proves nothing")
-    counts = Counter(found.values())
-    tally = ", ".join(f"{count} of {len(found)} at {precision}" for precision, count in counts.most_common())
-    layer = max(_running(report.layers, wrong[0]), key=lambda it: _WIDTH[_precision(it)], default=None)
+    if not promise.multiplications:
+        raise PrecisionError("no linear was given to check; a check of nothing proves nothing")
+    table = precision_table(report, promise)
+    broken = [row for row in table.rows if not row.kept]
+    if not broken:
+        return table
+    first = broken[0]
+    alike = Counter(row.found for row in table.of(first.kind) if row.promised == first.promised)
+    total = sum(alike.values())
+    tally = ", ".join(f"{count} of {total} at {found}" for found, count in alike.most_common())
+    layer = max(_running(report.layers, first.name), key=lambda it: _WIDTH[_precision(it)], default=None)
     by = f", in engine layer {layer.name} ({layer.layer_type})" if layer else ""
+    rule = first.kind if first.kind != "linear" and layer else _broken_rule(report.layers, layer)
+    if first.kind == "attention":
+        rule = "missing" if first.found == "missing" else "attention"
     raise PrecisionError(
-        f"not all linears run at {expected}: {tally}. First: {wrong[0]} is {found[wrong[0]]}{by}. "
-        f"{_ADVICE[_broken_rule(report.layers, layer)]}"
+        f"not all {first.kind}s run at {first.promised}: {tally}. First: {first.name} is {first.found}{by}. "
+        f"{_ADVICE[rule]}"
     )

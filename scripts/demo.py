@@ -102,10 +102,9 @@ def engine_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """What the builder made, or why it did not."""
     rows = [("engine", "")]
     for name, engine in manifest["engines"].items():
-        precisions = list(engine["linear_precisions"].values())
-        linears = ", ".join(f"{precisions.count(kind)} linears {kind}" for kind in sorted(set(precisions)))
         built = f"{engine['backend']} {engine['backend_version']}, {engine['plan_bytes']:,} bytes"
-        rows.append((f"  {name}", f"{built}, {engine['build_seconds']:.1f} s; {linears}"))
+        rows.append((f"  {name}", f"{built}, {engine['build_seconds']:.1f} s"))
+        rows += [("", part) for part in engine["precision"]["summary"].split("; ")]
     rows += [("  skipped", problem["message"]) for problem in manifest["problems"]]
     return rows
 

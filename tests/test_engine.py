@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from gplq_export.precision import (
     EngineLayer,
     EngineReport,
     EngineTensor,
+    Promise,
     _precision,
+    _running,
     check_precision,
     fused_attentions,
     linear_precisions,
@@ -171,7 +174,7 @@ def test_every_linear_multiplies_in_int8(
     backend: engine.Backend, tmp_path: Path, weights: str, int8_attention: bool
 ) -> None:
     report = build(backend, tmp_path, weights=weights, int8_attention=int8_attention)
-    check_precision(report, LINEARS, "INT8")
+    check_precision(report, Promise.of(LINEARS, "INT8"))
     assert linear_precisions(report.layers, LINEARS) == dict.fromkeys(LINEARS, "INT8")
     assert fused_attentions(report.layers) == (("INT8",) if int8_attention else ("FP16",))
     # q, k and v become one kernel from INT8 weights; INT4 weights are first cast to INT8, one kernel each.
@@ -213,7 +216,7 @@ def test_silent_fall_back_is_an_error(
     linears = ["blocks.0.attn.qkv", *LINEARS[3:]] if "fused_qkv" in graph else LINEARS
     report = build(backend, tmp_path, **graph)
     with pytest.raises(PrecisionError) as raised:
-        check_precision(report, linears, "INT8")
+        check_precision(report, Promise.of(linears, "INT8"))
     count = 1 if "fused_qkv" in graph else 6
     assert f"First: {wrong} is FP16, in engine layer" in str(raised.value)
     assert f"{count} of {len(linears)} at FP16" in str(raised.value)
@@ -227,9 +230,9 @@ def test_linear_that_no_engine_layer_names(backend: engine.Backend, tmp_path: Pa
     with pytest.raises(
         PrecisionError, match=r"1 of 2 at missing.*First: blocks\.9\.attn\.q is missing.*unique node name"
     ):
-        check_precision(report, ["head", "blocks.9.attn.q"], "INT8")
+        check_precision(report, Promise.of(["head", "blocks.9.attn.q"], "INT8"))
     with pytest.raises(PrecisionError, match="no linear was given"):
-        check_precision(report, [], "INT8")
+        check_precision(report, Promise.of([], "INT8"))
 
 
 @pytest.mark.trt
@@ -283,7 +286,7 @@ def test_batch_and_shapes(backend: engine.Backend, tmp_path: Path) -> None:
     for batch, size in (("batch", 1), (2, 2)):
         path = make_onnx(tmp_path / "model.onnx", batch=batch)
         report = engine.build_engine(path, tmp_path / "a.plan", batch=(size, size, size), backend=backend)
-        check_precision(report, LINEARS, "INT8")
+        check_precision(report, Promise.of(LINEARS, "INT8"))
     with pytest.raises(UsageError, match="ascending"):
         engine.build_engine(path, tmp_path / "a.plan", batch=(4, 2, 8), backend=backend)
     with pytest.raises(UsageError, match="not a file"):
@@ -296,10 +299,119 @@ def test_compute_capabilities(backend: engine.Backend, tmp_path: Path) -> None:
         pytest.skip("only TensorRT-RTX builds for GPUs that are not present")
     path = make_onnx(tmp_path / "model.onnx")
     report = engine.build_engine(path, tmp_path / "a.plan", compute_capabilities=(86, 89), backend=backend)
-    check_precision(report, LINEARS, "INT8")
+    check_precision(report, Promise.of(LINEARS, "INT8"))
     assert report.compute_capabilities == (86, 89)
     with pytest.raises(UsageError, match=r"cannot target SM90; it knows .*86"):
         engine.build_engine(path, tmp_path / "a.plan", compute_capabilities=(90,), backend=backend)
+
+
+@pytest.mark.trt
+def test_gpu_without_the_type_is_named(backend: engine.Backend, tmp_path: Path) -> None:
+    if backend.name != "TensorRT-RTX":
+        pytest.skip("only TensorRT-RTX builds for GPUs that are not present")
+    path = make_onnx(tmp_path / "model.onnx")
+    with pytest.raises(BuildError, match=r"no int4 arithmetic: sm75\. Leave them out.*INT4 80"):
+        engine.build_engine(path, tmp_path / "a.plan", compute_capabilities=(75, 86), backend=backend)
+
+
+@pytest.mark.trt
+def test_each_profile_has_kernels_of_its_own_and_all_are_proven(backend: engine.Backend, tmp_path: Path) -> None:
+    path = make_onnx(tmp_path / "model.onnx", weights="INT8")
+    one = engine.build_engine(path, tmp_path / "a.plan", batch=BATCH, backend=backend)
+    options = engine.BuilderOptions(profiles=((1, 1, 1),))
+    two = engine.build_engine(path, tmp_path / "b.plan", batch=BATCH, options=options, backend=backend)
+    assert two.plan_bytes > 1.3 * one.plan_bytes
+    assert len(two.layers) > 1.8 * len(one.layers)
+    assert two.options == {"profiles": ((1, 1, 1),)}
+    for node in LINEARS:
+        found = [len(_running(report.layers, node)) for report in (one, two)]
+        assert found == [1, 2]
+    check_precision(two, Promise.of(LINEARS, "INT8"))
+    spoilt = [
+        dataclasses.replace(layer, inputs=(tensor("FP16", -1, 8),), constants=(tensor("FP16", 8, 8),))
+        if layer.name.startswith("blocks.0.mlp.fc2 [profile 1]")
+        else layer
+        for layer in two.layers
+    ]
+    with pytest.raises(PrecisionError, match=r"First: blocks\.0\.mlp\.fc2 is FP16"):
+        check_precision(dataclasses.replace(two, layers=tuple(spoilt)), Promise.of(LINEARS, "INT8"))
+
+
+@pytest.mark.trt
+def test_workspace_limits_the_kernels(backend: engine.Backend, tmp_path: Path) -> None:
+    path = make_onnx(tmp_path / "model.onnx")
+    options = engine.BuilderOptions(workspace=1024)
+    with pytest.raises(BuildError, match="Allow more workspace"):
+        engine.build_engine(path, tmp_path / "a.plan", options=options, backend=backend)
+    options = engine.BuilderOptions(workspace=1 << 30)
+    assert engine.build_engine(path, tmp_path / "a.plan", options=options, backend=backend).options == {
+        "workspace": 1 << 30
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timing_cache": Path("times.cache")}, r"timing_cache \(it measures no kernels"),
+        ({"optimization_level": 3}, r"optimization_level \(it builds the same plan"),
+        ({"version_compatible": True}, r"version_compatible \(its plans run on the very version"),
+        ({"hardware": "ampere+"}, r"hardware \(its plans are portable"),
+        ({"workspace": 0}, "positive"),
+        ({"optimization_level": 6}, "choose 0 to 5"),
+        ({"profiles": ((8, 4, 8),)}, "ascending"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    rtx = engine.Backend("TensorRT-RTX", "1.7.1", None)
+    with pytest.raises(UsageError, match=message):
+        engine.build_engine(
+            tmp_path / "a.onnx", tmp_path / "a.plan", options=engine.BuilderOptions(**options), backend=rtx
+        )
+
+
+class FakeConfig:
+    """Stands for TensorRT's builder configuration: keeps what it is told."""
+
+    def __init__(self, takes_cache: bool = True) -> None:
+        self.told: dict[str, Any] = {}
+        self.takes_cache = takes_cache
+
+    def set_memory_pool_limit(self, pool: str, size: int) -> None:
+        self.told[pool] = size
+
+    def set_flag(self, flag: str) -> None:
+        self.told["flag"] = flag
+
+    def create_timing_cache(self, content: bytes) -> bytes:
+        return content
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        self.told["cache"] = cache
+        return self.takes_cache and not ignore_mismatch
+
+
+def test_options_reach_tensorrt(tmp_path: Path) -> None:
+    levels = SimpleNamespace(__members__={"AMPERE_PLUS": "plus"})
+    trt = SimpleNamespace(
+        MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
+        BuilderFlag=SimpleNamespace(VERSION_COMPATIBLE="compatible"),
+        HardwareCompatibilityLevel=levels,
+    )
+    backend, config, cache = engine.Backend("TensorRT", "10.13.2", trt), FakeConfig(), tmp_path / "times.cache"
+    options = engine.BuilderOptions(1024, (), cache, 4, True, "ampere+")
+    engine._check_options(backend, BATCH, options)
+    assert engine._apply(backend, config, options) == b""  # a new cache
+    assert config.told == {"workspace": 1024, "flag": "compatible", "cache": b""}
+    assert (config.builder_optimization_level, config.hardware_compatibility_level) == (4, "plus")  # type: ignore[attr-defined]  # set from outside
+    cache.write_bytes(b"times")
+    assert engine._apply(backend, config, engine.BuilderOptions(timing_cache=cache)) == b"times"
+    with pytest.raises(UsageError, match=r"times\.cache is no timing cache of TensorRT 10\.13\.2 on this GPU"):
+        engine._apply(backend, FakeConfig(takes_cache=False), engine.BuilderOptions(timing_cache=cache))
+    with pytest.raises(UsageError, match="cannot build for 'same-capability' hardware"):
+        engine._apply(backend, config, engine.BuilderOptions(hardware="same-capability"))
+    untouched = FakeConfig()
+    assert engine._apply(backend, untouched, engine.BuilderOptions()) is None
+    assert vars(untouched) == vars(FakeConfig())  # nothing is said that was not asked for
 
 
 @pytest.mark.trt
@@ -361,7 +473,9 @@ def test_find_builder(
     monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], gpu: bool, expected: tuple[str, str] | str
 ) -> None:
     monkeypatch.setattr(engine, "_gpu_usable", lambda: gpu)
-    monkeypatch.setattr(engine, "_import", lambda name: FakeModule(installed[name]) if name in installed else None)
+    monkeypatch.setattr(
+        engine, "optional_module", lambda name: FakeModule(installed[name]) if name in installed else None
+    )
     if isinstance(expected, tuple):
         found = engine.find_builder()
         assert (found.name, found.version) == expected

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
 from conftest import Quantised
+from timm.layers import resample_abs_pos_embed
 
+from gplq.checkpoint import Checkpoint
 from gplq.errors import BuildError, MissingError
 from gplq.files import sha256
 from gplq_export import engine
@@ -44,7 +47,7 @@ def command(quantised: Quantised, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def no_builder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_import", lambda _: None)
+    monkeypatch.setattr(engine, "optional_module", lambda _: None)
 
 
 def test_complete_export(
@@ -76,6 +79,21 @@ def test_complete_export(
     assert f"wrote {out}" in printed.out
 
 
+def test_another_image_size(
+    command: list[str], checkpoint: Checkpoint, npz_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--img-size", "24", "--data", str(npz_file)]) == 0
+    manifest = manifest_of(tmp_path / "dist")
+    assert manifest["input"]["shape"] == ["batch", 1, 24, 24]
+    assert manifest["preprocessing"]["input_size"] == [1, 24, 24]
+    model = ir.load(tmp_path / "dist" / "model.int4.onnx")
+    # 6 x 6 patches and the class token; timm's own resampling of the embedding is the judge.
+    embedding = resample_abs_pos_embed(checkpoint.model.pos_embed, [6, 6], num_prefix_tokens=1)  # type: ignore[arg-type]
+    stored = [value.const_value.numpy() for value in model.graph.initializers.values() if value.const_value is not None]
+    assert any(np.array_equal(array, embedding.detach().numpy()) for array in stored)
+    assert "codes equal, same input" in capsys.readouterr().out
+
+
 def test_bytes_of_the_int4_file_are_accounted_for(command: list[str], tmp_path: Path) -> None:
     assert main(command) == 0
     manifest = manifest_of(tmp_path / "dist")
@@ -85,8 +103,10 @@ def test_bytes_of_the_int4_file_are_accounted_for(command: list[str], tmp_path: 
     # By hand: two blocks of 4 x 64 x 64 + 2 x 64 x 256 weights, two a byte; edges of 16 x 64 and 64 x 4, one a byte.
     weights = 2 * (4 * 64 * 64 + 2 * 64 * 256)
     assert stored["weight codes, 4 bits"] == weights // 2
-    assert stored["weight codes, 8 bits (patch embedding, classifier)"] == 16 * 64 + 64 * 4
-    assert stored["biases of linears"] == 4 * (64 + 2 * (4 * 64 + 256 + 64) + 4)
+    assert stored["weight codes, 8 bits"] == 16 * 64 + 64 * 4  # patch embedding, classifier
+    biases = 4 * (64 + 2 * (4 * 64 + 256 + 64) + 4)
+    others = 4 * (5 * 2 * 64 + 18 * 64 + 2 * 256)  # five norms, the class token and embeddings, factors behind GELUs
+    assert 0 <= stored["biases, norms, embeddings, constants"] - biases - others < 256
     assert 0 < stored["graph"] < 40_000
     # 32 and 16 bits against 4: what differs between the files is the weights.
     assert sizes["model.fp32.onnx"] - sizes["model.int4.onnx"] > 0.8 * weights * 28 / 8
@@ -149,6 +169,10 @@ def test_force_takes_an_empty_folder_and_refuses_a_file(command: list[str], tmp_
         (["--images", "3"], "--images has no effect without --data"),
         (["--sm", "89"], "no effect without --trt"),
         (["--batch-max", "64"], "no effect without --trt"),
+        (["--workspace", "3"], "--workspace is about engines, and has no effect without --trt"),
+        (["--int8"], "--int8 is about engines, and has no effect without --trt"),
+        (["--fp8", "--trt", "--sm", "86,89"], "trt-fp8 needs compute capability 89"),
+        (["--img-size", "2"], "cannot take images of 2 x 2 pixels: "),
         (["--trt", "--batch-min", "9"], "batches must not fall"),
         (["--data", "gone.npz"], "gone.npz does not exist"),
     ],
@@ -163,7 +187,7 @@ def test_flags_that_cannot_work_exit_with_2(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["x.pt", "--int4"], ["x.pt", "--out", "y"], ["x", "--int4", "--sm", "a"]])
+@pytest.mark.parametrize("arguments", [[], ["x.pt"], ["x.pt", "--out", "y", "--w4"], ["x", "--sm", "a"], ["lint"]])
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -308,12 +332,16 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(command: list[str], tmp_path: 
 
 
 @pytest.mark.trt
-def test_engines_multiply_every_linear_in_int8(command: list[str], tmp_path: Path) -> None:
+def test_engines_multiply_every_linear_in_int8(
+    command: list[str], npz_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     try:
         backend = engine.find_builder()
     except MissingError as error:
         pytest.skip(str(error))
-    assert main([*command, "--trt", "--batch-min", "1", "--batch-opt", "2", "--batch-max", "4"]) == 0
+    flags = ["--trt", "--int8", "--int4", "--batch-min", "1", "--batch-opt", "2", "--batch-max", "4"]
+    assert main([*command, *flags, "--data", str(npz_file), "--workspace", "512"]) == 0
+    said = capsys.readouterr().out
     out = tmp_path / "dist"
     manifest = manifest_of(out)
     assert {"model.trt-int4.plan", "model.fp16.plan", "model.trt-int4.onnx"} <= manifest["files"].keys()
@@ -322,13 +350,17 @@ def test_engines_multiply_every_linear_in_int8(command: list[str], tmp_path: Pat
     names = [f"blocks.{block}.attn.{name}" for block in (0, 1) for name in linears]
     names += [f"blocks.{block}.mlp.{name}.linear" for block in (0, 1) for name in ("fc1", "fc2")]
     names += ["patch_embed.proj.linear", "head.linear"]
-    for target, precision in (("trt-int4", "INT8"), ("fp16", "FP16")):
+    for target, precision in (("trt-int4", "INT8"), ("trt-int8", "INT8"), ("fp16", "FP16")):
         report = manifest["engines"][target]
         assert report["backend"] == backend.name
         assert report["batch"] == [1, 2, 4]
+        assert report["options"] == {"workspace": 512 * 2**20}
         assert report["onnx_sha256"] == manifest["files"][f"model.{target}.onnx"]["sha256"]
-        assert set(report["linear_precisions"].values()) == {precision}
-        assert report["linear_precisions"].keys() == set(names)
+        rows = [row for row in report["precision"]["rows"] if row["kind"] == "linear"]
+        assert {row["name"]: row["found"] for row in rows} == dict.fromkeys(names, precision)
+        assert report["precision"]["summary"] in said
+        assert str(report["precision"]["rows"][0]["name"]) in (out / "reports" / f"precision.{target}.txt").read_text()
+        assert report["fp16_range"]["failures"] == []
 
 
 def test_force_does_not_delete_a_file_that_was_moved_into_an_earlier_export(

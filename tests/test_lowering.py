@@ -14,20 +14,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from gplq.checkpoint import Checkpoint, frozen_quantizers, integer_linears
+from gplq.errors import UsageError
 from gplq.integer import set_rounding
 from gplq_export.lowering import lower
 from gplq_export.parity import reference_session
-from gplq_export.targets import TARGETS, TensorRTInt4
+from gplq_export.targets import TARGETS, GraphWriter, Quantizer
 from gplq_export.trace import OPSET
 
 METADATA = {"gplq.architecture": "tiny", "gplq.label_names": '["a", "b"]'}
-QUANTISED = ["int4", "trt-int4"]
-
-
-class TensorRTInt4InFloat32(TensorRTInt4):
-    """TensorRT's graph where only the container of the codes differs from the reference, not the float type."""
-
-    float_type = ir.DataType.FLOAT
+TENSORRT = ["trt-int8", "trt-int4", "trt-fp8"]
+QUANTISED = ["int4", *TENSORRT]
+DOMAINS = {"cpu": "com.microsoft", "openvino": "org.openvinotoolkit"}  # of the one operator that is not standard
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +50,27 @@ def test_every_quantiser_and_linear_is_one_node_and_the_other_way_round(
     protos: dict[str, Any], checkpoint: Checkpoint, target: str
 ) -> None:
     quantizers, linears = set(frozen_quantizers(checkpoint.model)), set(integer_linears(checkpoint.model))
+    # TensorRT gets one pair more at an attention's output, which saturates in 8 bits in front of the Clip.
+    extra = [] if target == "int4" else [f"blocks.{block}.attn.proj.input_quantizer/Clip" for block in (0, 1)]
     found = Counter(node.name for node in nodes_of(protos[target], "QuantizeLinear"))
-    assert found == Counter(f"{name}/QuantizeLinear" for name in quantizers)
+    assert found == Counter(f"{name}/QuantizeLinear" for name in [*quantizers, *extra])
     dequantizers = Counter(node.name for node in nodes_of(protos[target], "DequantizeLinear"))
-    assert dequantizers == Counter(f"{name}/DequantizeLinear" for name in quantizers | linears)
+    assert dequantizers == Counter(f"{name}/DequantizeLinear" for name in [*quantizers, *linears, *extra])
     matmuls = Counter(node.name for node in nodes_of(protos[target], "MatMul"))
     attention = [f"blocks.{block}.attn.{product}" for block in (0, 1) for product in ("qk", "pv")]
     assert matmuls == Counter([*linears, *attention])
 
 
 @pytest.mark.parametrize("target", list(TARGETS))
-def test_graph_is_standard_onnx(protos: dict[str, Any], target: str) -> None:
+def test_graph_is_standard_onnx_but_for_one_operator_of_the_cpu_runtimes(protos: dict[str, Any], target: str) -> None:
     proto = protos[target]
     onnx.checker.check_model(proto, full_check=True)
-    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", OPSET)]
+    own = {target: (domain, 1) for target, domain in DOMAINS.items()}
+    wanted = {("", OPSET), own.get(target, ("", OPSET))}
+    assert {(entry.domain, entry.version) for entry in proto.opset_import} == wanted
     assert OPSET == 21
     assert proto.ir_version <= 11
-    assert {node.domain for node in proto.graph.node} == {""}
+    assert {node.domain for node in proto.graph.node} == {"", DOMAINS.get(target, "")}
     assert not proto.functions
 
 
@@ -91,11 +92,14 @@ def test_weights_are_packed_and_laid_out_for_int8_kernels(
         rows, columns = linear.codes.shape
         tensor = tensors[f"{name}.codes"]
         edge = name.startswith(("patch_embed", "head"))
-        assert tensor.data_type == (TensorProto.INT8 if edge else TensorProto.INT4)
+        four_bits = {"trt-int8": TensorProto.INT8, "trt-fp8": TensorProto.FLOAT8E4M3FN}.get(target, TensorProto.INT4)
+        assert tensor.data_type == (TensorProto.INT8 if edge else four_bits)
         assert list(tensor.dims) == [columns, rows]  # [K, N]
         codes = linear.codes.numpy().T
-        if edge:
+        if tensor.data_type == TensorProto.INT8:
             assert tensor.raw_data == codes.tobytes()
+        elif tensor.data_type == TensorProto.FLOAT8E4M3FN:
+            assert np.array_equal(onnx.numpy_helper.to_array(tensor).astype(np.int8), codes)
         else:
             assert len(tensor.raw_data) == rows * columns // 2
             assert tensor.raw_data == reference.pack_int4(codes)
@@ -113,11 +117,12 @@ def test_activation_types_follow_bits_and_sign(protos: dict[str, Any], checkpoin
         nodes = {node.name: node for node in protos[target].graph.node}
         for name, quantizer in frozen_quantizers(checkpoint.model).items():
             four_bits = TensorProto.INT4 if quantizer.signed else TensorProto.UINT4
-            wanted = four_bits if quantizer.bits == 4 and target == "int4" else TensorProto.INT8
+            carrier = {"int4": four_bits, "trt-fp8": TensorProto.FLOAT8E4M3FN}.get(target, TensorProto.INT8)
+            wanted = carrier if quantizer.bits == 4 else TensorProto.INT8
             assert tensors[nodes[f"{name}/QuantizeLinear"].input[2]].data_type == wanted, (target, name)
 
 
-@pytest.mark.parametrize("target", list(TARGETS))
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "openvino"])
 def test_any_batch_runs(protos: dict[str, Any], probe: torch.Tensor, target: str) -> None:
     whole = run(protos[target], probe[:8])
     for batch in (1, 3, 8):
@@ -134,8 +139,9 @@ def test_metadata(protos: dict[str, Any], checkpoint: Checkpoint, target: str) -
     assert found.keys() == {*METADATA, "gplq.target", "gplq.quantizers", "gplq.marks"}
     assert found["gplq.target"] == target
     assert json.loads(found["gplq.label_names"]) == ["a", "b"]
-    quantizers = frozen_quantizers(checkpoint.model) if target in QUANTISED else {}
-    assert json.loads(found["gplq.quantizers"]) == {name: f"{name}.codes" for name in quantizers}
+    quantizers = frozen_quantizers(checkpoint.model) if TARGETS[target]().quantizes else {}
+    held = "dequantized" if target == "openvino" else "codes"
+    assert json.loads(found["gplq.quantizers"]) == {name: f"{name}.{held}" for name in quantizers}
     outputs = {output for node in protos[target].graph.node for output in node.output}
     assert set(json.loads(found["gplq.quantizers"]).values()) <= outputs
     assert protos[target].producer_name == "gplq"
@@ -150,12 +156,17 @@ def test_lowering_does_not_change_the_dialect(dialect: ir.Model, protos: dict[st
     assert again.SerializeToString(deterministic=True) == protos["int4"].SerializeToString(deterministic=True)
 
 
-def test_eight_bit_container_with_clip_computes_the_same_bits(
-    dialect: ir.Model, protos: dict[str, Any], probe: torch.Tensor
+@pytest.mark.parametrize("target", TENSORRT)
+def test_eight_bit_container_computes_the_same_bits(
+    dialect: ir.Model, protos: dict[str, Any], probe: torch.Tensor, target: str
 ) -> None:
-    container = ir.to_proto(lower(dialect, TensorRTInt4InFloat32(), METADATA))
+    container = ir.to_proto(lower(dialect, TARGETS[target](ir.DataType.FLOAT), METADATA))
     # Times 3: codes beyond 8 levels, without which the Clip could be missing.
     for images in (probe, 3 * probe):
+        expected, found = (multiplied(proto, images) for proto in (protos["int4"], container))
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            assert np.array_equal(value, found[name]), name
         assert np.array_equal(run(container, images), run(protos["int4"], images))
     unclipped = onnx.ModelProto.FromString(container.SerializeToString())
     for node in nodes_of(unclipped, "Clip"):
@@ -164,17 +175,29 @@ def test_eight_bit_container_with_clip_computes_the_same_bits(
     assert not np.array_equal(run(unclipped, 3 * probe), run(protos["int4"], 3 * probe))
 
 
+def multiplied(proto: Any, images: torch.Tensor) -> dict[str, NDArray[np.float32]]:
+    """Whatever a MatMul reads: all codes, times their scales, in the layout in which they are multiplied."""
+    proto = onnx.ModelProto.FromString(proto.SerializeToString())
+    operands = {f"{node.name}[{index}]": node.input[index] for node in nodes_of(proto, "MatMul") for index in (0, 1)}
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(operands.values()))
+    session = reference_session(proto.SerializeToString())
+    answers = dict(zip(dict.fromkeys(operands.values()), session.run(None, {"images": images.numpy()}), strict=True))
+    return {node: answers[name] for node, name in operands.items()}
+
+
+@pytest.mark.parametrize("target", TENSORRT)
 def test_tensorrt_graph_clips_four_bits_and_casts_nothing_in_front_of_a_matmul(
-    protos: dict[str, Any], checkpoint: Checkpoint
+    protos: dict[str, Any], checkpoint: Checkpoint, target: str
 ) -> None:
-    proto = protos["trt-int4"]
+    proto = protos[target]
     tensors = tensors_of(proto)
     producer = {output: node for node in proto.graph.node for output in node.output}
     for name, quantizer in frozen_quantizers(checkpoint.model).items():
         quantize = producer[f"{name}.codes"]
-        before = producer[quantize.input[0]]
-        assert (before.op_type == "Clip") == (quantizer.bits == 4), name
-        if quantizer.bits == 4:
+        before = producer.get(quantize.input[0])
+        assert (before is not None and before.op_type == "Clip") == (quantizer.bits == 4), name
+        if before is not None and quantizer.bits == 4:
             low, high = (float(onnx.numpy_helper.to_array(tensors[bound])) for bound in before.input[1:])
             scale = float(quantizer.scale)
             lowest, highest = (-8, 7) if quantizer.signed else (0, 15)
@@ -183,11 +206,12 @@ def test_tensorrt_graph_clips_four_bits_and_casts_nothing_in_front_of_a_matmul(
             assert round(high / scale) == highest
     linears = integer_linears(checkpoint.model)
     for matmul in nodes_of(proto, "MatMul"):
-        operands = [producer[name].op_type for name in matmul.input]
+        for name in matmul.input:
+            while producer[name].op_type in ("Reshape", "Transpose"):
+                name = producer[name].input[0]
+            assert producer[name].op_type == "DequantizeLinear", matmul.name
         if matmul.name in linears:
-            assert operands == ["DequantizeLinear", "DequantizeLinear"], matmul.name
-        else:
-            assert "Cast" not in operands
+            assert producer[matmul.input[1]].op_type == "DequantizeLinear", matmul.name
     assert [node.name for node in nodes_of(proto, "Cast")] == ["images/Cast", "logits/Cast"]
 
 
@@ -225,3 +249,34 @@ def test_codes_are_those_of_the_formula(protos: dict[str, Any], checkpoint: Chec
         expected = reference.quantize(x, quantizer.scale.numpy(), quantizer.bits, quantizer.signed)
         assert np.array_equal(codes, expected), name
         assert len(np.unique(codes)) > 4, name
+
+
+@pytest.mark.parametrize(
+    ("scale", "bits", "signed", "carrier"),
+    [
+        (0.1, 4, True, "FLOAT8E4M3FN"),
+        (0.1, 5, True, "FLOAT8E4M3FN"),
+        (0.1, 5, False, "INT8"),  # codes up to 31
+        (0.1, 8, True, "INT8"),
+        (127.0, 4, True, "FLOAT8E4M3FN"),
+        (128.0, 4, True, "INT8"),  # 512 times as large, FP16 could not hold it
+    ],
+)
+def test_fp8_carries_what_it_holds_exactly(scale: float, bits: int, signed: bool, carrier: str) -> None:
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape([4]))
+    anchor = ir.node("Identity", [x])
+    graph = ir.Graph([x], anchor.outputs, nodes=[anchor], opset_imports={"": OPSET})
+    writer = GraphWriter(graph, ir.DataType.FLOAT16).at(anchor)
+    TARGETS["trt-fp8"]().quantizer(writer, Quantizer("q", x, np.asarray(scale, np.float32), None, None, bits, signed))
+    (quantize,) = (node for node in graph if node.op_type == "QuantizeLinear")
+    zero: Any = quantize.inputs[2]
+    assert zero.dtype == ir.DataType[carrier]
+    stored: Any = quantize.inputs[1]
+    assert float(stored.const_value.numpy()) == float(np.float16(scale)) * (1 if carrier == "INT8" else 512)
+
+
+def test_fp8_names_the_gpus_that_have_none() -> None:
+    TARGETS["trt-fp8"]().check_gpus((89, 120))
+    TARGETS["trt-int8"]().check_gpus((75,))
+    with pytest.raises(UsageError, match=r"trt-fp8 needs compute capability 89 or higher.*, but 75, 86 was asked for"):
+        TARGETS["trt-fp8"]().check_gpus((86, 120, 75))

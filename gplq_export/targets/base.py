@@ -1,16 +1,6 @@
-"""What each target gets for the dialect's quantisers and weights. A new target is one small class here.
+"""What the targets share: how graphs are written, and what a target has to say."""
 
-    target      weights                          activations                          floats
-    int4        INT4 + DequantizeLinear          INT4/UINT4 Quantize + Dequantize     FP32     portable, the reference
-    trt-int4    INT4 + DequantizeLinear          Clip, then INT8 Quantize + Dequant.  FP16     TensorRT, TensorRT-RTX
-    fp32, fp16  float                            none: the same network unquantised   FP32/16  for comparison
-
-The 8-bit edges (patch embedding, classifier) are INT8 in both quantised targets. Weights are laid out [K, N], scales
-one an output channel on axis 1 (those of convolutions [N, C, kh, kw], axis 0), never behind a Transpose or Cast:
-TensorRT computes such a MatMul in floating point without telling.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,12 +8,15 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from gplq.grid import code_limits
+from gplq.errors import UsageError
+
+Pass = Callable[[ir.Model], bool]
 
 _NUMPY: dict[ir.DataType, Any] = {
     ir.DataType.INT4: ml_dtypes.int4,
     ir.DataType.UINT4: ml_dtypes.uint4,
     ir.DataType.INT8: np.int8,
+    ir.DataType.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn,
 }
 
 
@@ -41,9 +34,18 @@ class GraphWriter:
         self._anchor = anchor
         return self
 
-    def node(self, op_type: str, inputs: list[ir.Value | None], name: str, output: str, **attributes: Any) -> ir.Value:
-        """One node of the standard domain with one output."""
-        node = ir.node(op_type, inputs, attributes=attributes, name=name)
+    def node(
+        self,
+        op_type: str,
+        inputs: list[ir.Value | None],
+        name: str,
+        output: str,
+        *,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
+        """One node with one output, of the standard domain if no other is given."""
+        node = ir.node(op_type, inputs, attributes=attributes, domain=domain, name=name)
         node.outputs[0].name = output
         assert self._anchor is not None
         self.graph.insert_before(self._anchor, node)
@@ -109,11 +111,36 @@ class Weight:
 
 
 class Target:
-    """How a target writes quantisers and weights."""
+    """How a target writes quantisers and weights.
+
+    Attributes:
+        float_type: of everything that is not quantised.
+        quantizes: whether it writes quantisers at all.
+        holds_codes: whether a quantiser's codes are a tensor of the graph; if not, codes * scale is.
+        compute_capability: the lowest that a GPU must have for its types, such as 89; 0: any.
+        passes: what the graph goes through once all quantisers and weights are written, in this order
+            (:mod:`gplq_export.passes`).
+    """
 
     name: ClassVar[str]
-    float_type: ClassVar[ir.DataType] = ir.DataType.FLOAT
+    float_type: ir.DataType = ir.DataType.FLOAT
     quantizes: ClassVar[bool] = True
+    holds_codes: ClassVar[bool] = True
+    compute_capability: ClassVar[int] = 0
+    passes: ClassVar[tuple[Pass, ...]] = ()
+
+    def __init__(self, float_type: ir.DataType | None = None) -> None:
+        """``float_type``: another one than the target's own, to compare the same graph at that precision."""
+        if float_type is not None:
+            self.float_type = float_type
+
+    def check_gpus(self, capabilities: Iterable[int]) -> None:
+        """Raise a UsageError that names the compute capabilities, such as 86, that are too low for the target."""
+        if low := sorted(each for each in capabilities if each < self.compute_capability):
+            raise UsageError(
+                f"{self.name} needs compute capability {self.compute_capability} or higher, for arithmetic in its "
+                f"types, but {', '.join(map(str, low))} was asked for. Leave that out, or choose another target."
+            )
 
     def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
         """Write a quantiser; returns the tensor that its readers multiply."""
@@ -124,80 +151,8 @@ class Target:
         raise NotImplementedError
 
 
-class Int4(Target):
-    """Everything explicit in the standard's own 4-bit types: the portable file, and the reference for all others."""
-
-    name = "int4"
-
-    def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
-        """[Add ->] [Mul ->] QuantizeLinear -> DequantizeLinear."""
-        code_type = ir.DataType.INT8
-        if quantizer.bits <= 4:
-            code_type = ir.DataType.INT4 if quantizer.signed else ir.DataType.UINT4
-        x = _prepared(writer, quantizer)
-        return _quantize_dequantize(writer, quantizer, x, code_type)
-
-    def weight(self, writer: GraphWriter, weight: Weight) -> ir.Value:
-        """INT4 (or INT8) initialiser -> DequantizeLinear."""
-        return _integer_weight(writer, weight, ir.DataType.INT4 if weight.bits <= 4 else ir.DataType.INT8)
-
-
-class TensorRTInt4(Int4):
-    """INT4 weights in storage, 4-bit activations carried by INT8: TensorRT has no 4-bit integer arithmetic.
-
-    The clamp to 16 levels is an explicit Clip in front of the INT8 QuantizeLinear, whose own range is wider. Scales are
-    FP16, because a Cast between DequantizeLinear and MatMul would make TensorRT multiply in FP16.
-    """
-
-    name = "trt-int4"
-    float_type = ir.DataType.FLOAT16
-
-    def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
-        """[Add ->] [Mul ->] Clip -> QuantizeLinear -> DequantizeLinear."""
-        x = _prepared(writer, quantizer)
-        if quantizer.bits < 8:
-            low, high = code_limits(quantizer.bits, quantizer.signed)
-            bounds = [
-                writer.floating(f"{quantizer.name}.{side}", np.asarray(code * quantizer.scale))
-                for side, code in (("low", low), ("high", high))
-            ]
-            x = writer.node("Clip", [x, *bounds], f"{quantizer.name}/Clip", f"{quantizer.name}.clipped")
-        return _quantize_dequantize(writer, quantizer, x, ir.DataType.INT8)
-
-    def weight(self, writer: GraphWriter, weight: Weight) -> ir.Value:
-        """As ``int4``; a convolution's in INT8, because TensorRT takes INT4 for matmuls only."""
-        if weight.codes.ndim == 2:
-            return super().weight(writer, weight)
-        return _integer_weight(writer, weight, ir.DataType.INT8)
-
-
-class Float32(Target):
-    """The same network without quantisers: what the same engine costs, and computes, in floating point."""
-
-    name = "fp32"
-    quantizes = False
-
-    def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
-        """Nothing: the input itself. A factor in front of the quantiser goes into the weight behind it."""
-        return quantizer.x
-
-    def weight(self, writer: GraphWriter, weight: Weight) -> ir.Value:
-        """The weight that the codes stand for."""
-        values = weight.floating()
-        return writer.floating(f"{weight.name}.weight", values.T if values.ndim == 2 else values)
-
-
-class Float16(Float32):
-    """As :class:`Float32`, in FP16: the honest baseline of every speed claim."""
-
-    name = "fp16"
-    float_type = ir.DataType.FLOAT16
-
-
-TARGETS: dict[str, Callable[[], Target]] = {cls.name: cls for cls in (Int4, TensorRTInt4, Float32, Float16)}
-
-
-def _prepared(writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
+def prepared(writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
+    """What a quantiser rounds: its input behind the shift and the factor, if it has them; [..., C]."""
     name, x = quantizer.name, quantizer.x
     if quantizer.pre_shift is not None:
         x = writer.node(
@@ -210,7 +165,8 @@ def _prepared(writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
     return x
 
 
-def _quantize_dequantize(writer: GraphWriter, quantizer: Quantizer, x: ir.Value, code_type: ir.DataType) -> ir.Value:
+def quantize_dequantize(writer: GraphWriter, quantizer: Quantizer, x: ir.Value, code_type: ir.DataType) -> ir.Value:
+    """QuantizeLinear -> DequantizeLinear of ``x`` with the quantiser's one scale; its codes get their own name."""
     name = quantizer.name
     scale = writer.floating(f"{name}.scale", quantizer.scale)
     zero = writer.zero_point(code_type)
@@ -218,7 +174,8 @@ def _quantize_dequantize(writer: GraphWriter, quantizer: Quantizer, x: ir.Value,
     return writer.node("DequantizeLinear", [codes, scale, zero], f"{name}/DequantizeLinear", f"{name}.dequantized")
 
 
-def _integer_weight(writer: GraphWriter, weight: Weight, code_type: ir.DataType) -> ir.Value:
+def integer_weight(writer: GraphWriter, weight: Weight, code_type: ir.DataType) -> ir.Value:
+    """DequantizeLinear of codes [K, N], or [N, C, kh, kw] of a convolution, with one scale an output channel."""
     linear = weight.codes.ndim == 2
     codes = (weight.codes.T if linear else weight.codes).astype(_NUMPY[code_type])
     inputs: list[ir.Value | None] = [

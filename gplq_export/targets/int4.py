@@ -1,0 +1,31 @@
+"""The portable file, and the reference for all others."""
+
+import onnx_ir as ir
+
+from gplq_export.targets.base import (
+    GraphWriter,
+    Quantizer,
+    Target,
+    Weight,
+    integer_weight,
+    prepared,
+    quantize_dequantize,
+)
+
+
+class Int4(Target):
+    """Everything explicit in the standard's own 4-bit types: the portable file, and the reference for all others."""
+
+    name = "int4"
+
+    def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
+        """[Add ->] [Mul ->] QuantizeLinear -> DequantizeLinear."""
+        code_type = ir.DataType.INT8
+        if quantizer.bits <= 4:
+            code_type = ir.DataType.INT4 if quantizer.signed else ir.DataType.UINT4
+        x = prepared(writer, quantizer)
+        return quantize_dequantize(writer, quantizer, x, code_type)
+
+    def weight(self, writer: GraphWriter, weight: Weight) -> ir.Value:
+        """INT4 (or INT8) initialiser -> DequantizeLinear."""
+        return integer_weight(writer, weight, ir.DataType.INT4 if weight.bits <= 4 else ir.DataType.INT8)
