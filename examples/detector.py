@@ -206,10 +206,8 @@ def run(out: Path, *, train_batches: int, epochs: int, test_batches: int, force:
     detector.backbone.body = loaded.model
     assert recall(detector, test) == quantized_recall  # the file holds the same backbone, bit for bit
     exported = export(loaded, out / "onnx", images=body_inputs(detector, test), force=force)
-    assert exported.parity is not None
     print(f"outputs: {exported.outputs}")
-    print(f"{exported.parity.compared}: {exported.parity.agreement}; noise floor {exported.parity.noise_floor}")
-    for name, count in exported.parity.blocks.items():
+    for name, count in exported.parity["int4"].blocks.items():
         print(f"  {name}: {count.different:,} of {count.total:,} codes differ for the same input")
     return Outcome(float_recall, quantized_recall, exported)
 

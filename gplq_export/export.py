@@ -4,16 +4,20 @@
 
     OUT/
       model.int4.onnx         the portable reference: explicit INT4 on weights and activations
+      model.cpu.onnx          the same numbers, laid out for ONNX Runtime on CPUs
+      model.openvino.onnx     the same numbers, laid out for OpenVINO on CPUs   (openvino)
       model.fp32.onnx         the same network without quantisers: the twin to compare with
       model.fp16.onnx         the twin in FP16
-      model.trt-int4.onnx     what an engine is built from, for each kind       (--trt)
-      model.trt-int4.plan     the engine; model.fp16.plan: its FP16 twin        (--trt, if a builder is installed)
-      build.*.log             the builder's own words                           (--trt)
-      reports/parity.json     PyTorch against ONNX Runtime
+      model.trt-int4.onnx     what an engine is built from, for each kind       (engines)
+      model.trt-int4.plan     the engine; model.fp16.plan: its FP16 twin        (engines, if a builder is installed)
+      build.*.log             the builder's own words                           (engines)
+      reports/parity.json     PyTorch against each of the first three, in its runtime
+      reports/precision.*.txt what every linear and attention of an engine multiplies in
       reports/layers.svg      error and unequal codes, block by block           (with matplotlib)
       manifest.json           versions, hashes, bytes, precisions
 """
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -35,19 +39,36 @@ from gplq.files import sha256, write_json, write_text, writing_error
 from gplq.provenance import environment
 from gplq_export.engine import Backend, BuilderOptions, build_engine, find_builder
 from gplq_export.inspect import storage
+from gplq_export.kernels import Kernel, check_kernels, onnxruntime_kernels, openvino_kernels
 from gplq_export.lowering import linear_nodes, lower
 from gplq_export.overflow import OverflowReport, probe
-from gplq_export.parity import ParityReport, compare
+from gplq_export.parity import ParityReport, Runtime, compare
 from gplq_export.plot import plot_layers
 from gplq_export.precision import EngineReport, PrecisionTable, check_precision, precision_table
 from gplq_export.promise import promise
 from gplq_export.qdq import QdqGraph
+from gplq_export.runtimes import onnxruntime_optimised, openvino_optimised
 from gplq_export.targets import TARGETS, Target
 from gplq_export.trace import trace
 
-MANIFEST_SCHEMA_VERSION = "1.0"
+MANIFEST_SCHEMA_VERSION = "2.0"
 _TOOL = "gplq-export"
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Deployment:
+    """Where a deployment file runs: what opens it, what says which kernels it got, see :func:`compare` for ``ties``."""
+
+    runtime: Runtime
+    kernels: Callable[[Path], dict[str, Kernel]]
+    ties: bool
+
+
+_DEPLOYMENTS = {
+    "cpu": _Deployment(onnxruntime_optimised, onnxruntime_kernels, ties=False),
+    "openvino": _Deployment(openvino_optimised, openvino_kernels, ties=True),
+}
 
 
 @dataclass
@@ -55,15 +76,22 @@ class ExportResult:
     """What an export produced.
 
     Attributes:
-        files: name -> {bytes, sha256}. ``storage``: bytes of the INT4 file by what they hold. ``outputs``: name, shape
-        and dtype of each. ``parity``: None if no images were given. ``engines``: name -> report; ``precision``: name ->
-        what multiplies in which type, read back; ``ranges``: name -> whether its floating point tensors fit into FP16.
-        ``problems``: what did not work out, most severe first; each an error with its exit code.
+        files: name -> {bytes, sha256}.
+        storage: bytes of the INT4 file by what they hold.
+        kernels: of each deployment file, what its multiplications run in on this CPU.
+        parity: of the reference and of each deployment file, if images were given.
+        engines: name -> report.
+        precision: name -> what multiplies in which type in that engine, read back.
+        ranges: name -> whether the floating point tensors of that engine fit into FP16.
+        outputs: name, shape and dtype of each.
+        linears: names of the nodes that the checkpoint's linears became.
+        problems: what did not work out, most severe first; each an error with its exit code.
     """
 
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     storage: dict[str, int] = field(default_factory=dict)
-    parity: ParityReport | None = None
+    parity: dict[str, ParityReport] = field(default_factory=dict)
+    kernels: dict[str, dict[str, Kernel]] = field(default_factory=dict)
     engines: dict[str, EngineReport] = field(default_factory=dict)
     precision: dict[str, PrecisionTable] = field(default_factory=dict)
     ranges: dict[str, OverflowReport] = field(default_factory=dict)
@@ -76,6 +104,7 @@ def export(
     checkpoint: Checkpoint,
     out: Path,
     *,
+    openvino: bool = False,
     engines: Sequence[str] = (),
     images: ImageSet | Sequence[Tensor] | None = None,
     forced_images: int = 256,
@@ -93,10 +122,11 @@ def export(
     Args:
         checkpoint: what to export.
         out: the folder to write.
+        openvino: also write the file for OpenVINO.
         engines: also write TensorRT's files and build these engines, of "int4", "int8", "fp8" and "fp16", the last of
             which is built with any.
         images: test images for the parity check, with labels or without; or batches, just as the model gets them.
-        forced_images: so many of them for its teacher-forced part.
+        forced_images: so many of them for its teacher-forced part, and for all of it of deployment files.
         batch: smallest, most likely and largest batch of the engines.
         compute_capabilities: GPUs to build for, such as (86, 89); empty: the builder's default.
         options: what else to ask of the builder.
@@ -124,7 +154,8 @@ def export(
         result.linears = linear_nodes(dialect)
         result.outputs = [_output(value) for value in dialect.graph.outputs]
         metadata = _metadata(checkpoint)
-        names = dict.fromkeys(["int4", "fp32", "fp16", *built])
+        deployments = ["cpu", *(["openvino"] if openvino else [])]
+        names = dict.fromkeys(["int4", *deployments, "fp32", "fp16", *built])
         models = {name: lower(dialect, TARGETS[name](), metadata) for name in names}
         for name, model in models.items():
             path = folder / f"model.{name}.onnx"
@@ -132,8 +163,13 @@ def export(
             result.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
             say(f"{path.name}: {path.stat().st_size:,} bytes")
         result.storage = storage(QdqGraph(models["int4"].clone()), result.files["model.int4.onnx"]["bytes"])
+        for name in deployments:
+            _read_kernels(name, folder, result, say)
         if images is not None:
-            _prove(checkpoint, models["int4"], images, forced_images, folder, result, say)
+            _prove(
+                checkpoint, {name: models[name] for name in ("int4", *deployments)}, images, forced_images, result, say
+            )
+            _write_parity(result, folder, say)
         if built:
             _probe_ranges(dialect, built, images, result, say)
             settings = EngineSettings(batch, compute_capabilities, options or BuilderOptions())
@@ -220,28 +256,63 @@ def _output(value: ir.Value) -> dict[str, Any]:
     return {"name": value.name, "shape": size, "dtype": "float32"}
 
 
+def _read_kernels(name: str, folder: Path, result: ExportResult, say: Say) -> None:
+    """Which kernels a deployment file's multiplications run in on this CPU."""
+    try:
+        kernels = result.kernels[name] = _DEPLOYMENTS[name].kernels(folder / f"model.{name}.onnx")
+        check_kernels(kernels)
+    except MissingError as error:
+        say(f"kernels of model.{name}.onnx: skipped. {error}")
+    except PrecisionError as error:
+        say(f"model.{name}.onnx: {error}")
+        result.problems.append(error)
+    else:
+        share = f"{sum(kernel.integer for kernel in kernels.values())} of {len(kernels)}"
+        say(f"model.{name}.onnx: {share} multiplications run in 8-bit integers on this CPU (read back)")
+
+
 def _prove(
     checkpoint: Checkpoint,
-    model: ir.Model,
+    models: dict[str, ir.Model],
     images: ImageSet | Sequence[Tensor],
     forced_images: int,
-    folder: Path,
     result: ExportResult,
     say: Say,
 ) -> None:
-    try:
-        parity = compare(checkpoint.model, model, images, forced_images=forced_images)
-    except MissingError as error:
-        say(f"parity: skipped. {error}")
-        result.problems.append(error)
+    for name, model in models.items():
+        settings: dict[str, Any] = {"forced_images": forced_images}
+        if deployment := _DEPLOYMENTS.get(name):
+            settings |= {"runtime": deployment.runtime, "ties": deployment.ties}
+        try:
+            chosen = _first(images, forced_images) if deployment else images
+            parity = result.parity[name] = compare(checkpoint.model, model, chosen, **settings)
+        except MissingError as error:
+            say(f"parity of model.{name}.onnx: skipped. {error}")
+            if error.args not in [other.args for other in result.problems]:
+                result.problems.append(error)
+            continue
+        say(f"model.{name}.onnx against PyTorch: {parity.summary()}")
+        if failures := parity.failures():
+            result.problems.append(GateError(f"model.{name}.onnx: {'; '.join(failures)}"))
+
+
+def _first(images: ImageSet | Sequence[Tensor], count: int) -> ImageSet | Sequence[Tensor]:
+    """At least so many images, if there are."""
+    if isinstance(images, ImageSet):
+        return images.head(count)
+    sizes = itertools.accumulate(map(len, images))
+    return images[: sum(size < count for size in sizes) + 1]
+
+
+def _write_parity(result: ExportResult, folder: Path, say: Say) -> None:
+    if not result.parity:
         return
-    result.parity = parity
-    write_json(folder / "reports" / "parity.json", {"schema_version": "1.0", **environment(), **parity.to_dict()})
-    plotted = plot_layers(parity, folder / "reports" / "layers.svg", folder / "reports" / "layers.png")
-    if not plotted:
-        say("picture: skipped, matplotlib is not installed (pip install 'gplq[report]')")
-    if failures := parity.failures():
-        result.problems.append(GateError("; ".join(failures)))
+    reports = {name: parity.to_dict() for name, parity in result.parity.items()}
+    write_json(folder / "reports" / "parity.json", {"schema_version": "2.0", **environment(), "files": reports})
+    if "int4" in result.parity:
+        pictures = (folder / "reports" / f"layers.{suffix}" for suffix in ("svg", "png"))
+        if not plot_layers(result.parity["int4"], *pictures):
+            say("picture: skipped, matplotlib is not installed (pip install 'gplq[report]')")
 
 
 def _probe_ranges(
@@ -343,7 +414,10 @@ def _manifest(checkpoint: Checkpoint, result: ExportResult) -> dict[str, Any]:
         },
         "files": result.files,
         "int4_onnx_bytes": result.storage,
-        "parity": None if result.parity is None else result.parity.to_dict(),
+        "parity": {name: parity.to_dict() for name, parity in result.parity.items()},
+        "kernels": {
+            name: {node: vars(kernel) for node, kernel in kernels.items()} for name, kernels in result.kernels.items()
+        },
         "engines": {
             name: {
                 **report.to_dict(),

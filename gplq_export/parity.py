@@ -158,6 +158,15 @@ class ParityReport:
             )
         return found
 
+    def summary(self) -> str:
+        """One line: codes for the same input, outputs when running free, the noise floor."""
+        forced, free = self.forced_equal(), self.free_equal()
+        return (
+            f"{forced.different:,} of {forced.total:,} codes differ for the same input; free-running {self.compared}: "
+            f"{self.agreement}, PyTorch with itself in another order of summation {self.noise_floor}; "
+            f"{100 * (1 - free.share):.2f} % of the codes equal (n = {self.agreement.n})"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
 

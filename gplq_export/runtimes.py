@@ -49,11 +49,11 @@ def openvino_optimised(model: bytes) -> Run:
 
 
 def _with_shapes(model: bytes, feeds: dict[str, np.ndarray]) -> bytes:
-    """A model whose inputs have the shapes of ``feeds``, but for the batch: OpenVINO has to know at least their ranks."""
+    """A model whose inputs have the shapes of ``feeds`` but for the batch: OpenVINO has to know their ranks."""
     proto = onnx.load_from_string(model)
     for value in proto.graph.input:
         sizes = feeds[value.name].shape[1:]
-        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, ["", *sizes]))
+        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, [None, *sizes]))
     serialised: bytes = proto.SerializeToString()
     return serialised
 

@@ -55,7 +55,7 @@ def table() -> str:
     naive = load_checkpoint(ROOT / OUT / "naive.pt").provenance["top1"]
     gplq = load_checkpoint(ROOT / OUT / "model.pt").provenance["top1"]
     manifest = json.loads((ROOT / OUT / "dist" / "manifest.json").read_text(encoding="utf-8"))
-    parity = manifest["parity"]
+    parity = manifest["parity"]["int4"]
     rows = [(f"top-1, n = {parity['images']}, 95 % interval", "")]
     rows += [
         (f"  {name}", show(accuracy))

@@ -117,5 +117,5 @@ def test_compensated_checkpoint_exports_with_parity(compensated: Path, npz_file:
     assert main([str(compensated), "--int4", "--out", str(out), "--data", str(npz_file)]) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["problems"] == []
-    assert manifest["parity"]["images"] == 64
-    assert manifest["parity"]["failures"] == []
+    assert manifest["parity"]["int4"]["images"] == 64
+    assert manifest["parity"]["int4"]["failures"] == []

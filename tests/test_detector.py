@@ -94,8 +94,7 @@ def test_stage1_learns_from_the_losses_of_the_detector(detector: RetinaNet) -> N
 def test_example_goes_from_training_to_a_checked_export(tmp_path: Path) -> None:
     outcome = example.run(tmp_path, train_batches=5, epochs=1, test_batches=1)
     assert outcome.exported.problems == []
-    parity = outcome.exported.parity
-    assert parity is not None
+    parity = outcome.exported.parity["int4"]
     assert (parity.agreement.n, parity.forced_equal().different) == (8, 0)
     assert list(parity.blocks) == [
         "stem",

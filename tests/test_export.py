@@ -25,7 +25,7 @@ from gplq_export import engine
 from gplq_export.cli import main
 from gplq_export.targets import TARGETS, GraphWriter, Int4, Quantizer, Weight
 
-ONNX_FILES = ["model.fp16.onnx", "model.fp32.onnx", "model.int4.onnx"]
+ONNX_FILES = ["model.cpu.onnx", "model.fp16.onnx", "model.fp32.onnx", "model.int4.onnx"]
 
 
 def tree(folder: Path) -> list[str]:
@@ -61,21 +61,24 @@ def test_complete_export(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dist"]
     manifest = manifest_of(out)
     assert sorted(manifest["files"]) == ONNX_FILES
-    assert manifest["schema_version"] == "1.0"
+    assert manifest["schema_version"] == "2.0"
     assert manifest["checkpoint"]["sha256"] == sha256(quantised.path)
     assert manifest["input"]["shape"] == ["batch", 1, 16, 16]
     assert manifest["outputs"][0]["shape"] == ["batch", 4]
     assert manifest["label_names"] == ["bottom-left", "bottom-right", "top-left", "top-right"]
     assert manifest["problems"] == []
     assert manifest["engines"] == {}
-    assert manifest["parity"]["images"] == 64
-    assert manifest["parity"]["failures"] == []
-    report = json.loads((out / "reports" / "parity.json").read_text())
-    assert {key: report[key] for key in manifest["parity"]} == manifest["parity"]
+    assert json.loads((out / "reports" / "parity.json").read_text())["files"] == manifest["parity"]
     printed = capsys.readouterr()
     assert printed.err == ""
-    forced = sum(count["total"] for count in report["quantizers_forced"].values())
-    assert f"codes equal, same input: {forced:,} of {forced:,}" in printed.out
+    assert list(manifest["parity"]) == ["int4", "cpu"]
+    for name, report in manifest["parity"].items():
+        assert (report["images"], report["failures"]) == (64, [])
+        forced = sum(count["total"] for count in report["quantizers_forced"].values())
+        assert f"model.{name}.onnx against PyTorch: 0 of {forced:,} codes differ for the same input" in printed.out
+    kernels = manifest["kernels"]["cpu"]
+    assert all(kernel["integer"] and kernel["promised"] for kernel in kernels.values())
+    assert len(kernels) == 2 * (6 + 2) + 2  # linears and products of two blocks, patch embedding, classifier
     assert f"wrote {out}" in printed.out
 
 
@@ -91,7 +94,7 @@ def test_another_image_size(
     embedding = resample_abs_pos_embed(checkpoint.model.pos_embed, [6, 6], num_prefix_tokens=1)  # type: ignore[arg-type]
     stored = [value.const_value.numpy() for value in model.graph.initializers.values() if value.const_value is not None]
     assert any(np.array_equal(array, embedding.detach().numpy()) for array in stored)
-    assert "codes equal, same input" in capsys.readouterr().out
+    assert "0 of " in capsys.readouterr().out
 
 
 def test_bytes_of_the_int4_file_are_accounted_for(command: list[str], tmp_path: Path) -> None:
@@ -224,7 +227,7 @@ def test_without_a_builder_all_but_the_engines_is_written(
     assert sorted(manifest["files"]) == [*ONNX_FILES, "model.trt-int4.onnx"]
     assert [problem["exit_code"] for problem in manifest["problems"]] == [3]
     assert manifest["engines"] == {}
-    assert manifest["parity"]["failures"] == []
+    assert manifest["parity"]["int4"]["failures"] == []
 
 
 def test_without_onnx_runtime_parity_is_skipped(
@@ -237,7 +240,8 @@ def test_without_onnx_runtime_parity_is_skipped(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert main([*command, "--data", str(npz_file)]) == 3
     assert "pip install 'gplq[cpu]'" in capsys.readouterr().err
-    assert manifest_of(tmp_path / "dist")["parity"] is None
+    manifest = manifest_of(tmp_path / "dist")
+    assert (manifest["parity"], manifest["kernels"]) == ({}, {})
     assert tree(tmp_path / "dist") == ["manifest.json", *ONNX_FILES]
 
 
@@ -263,7 +267,7 @@ def test_failed_gate_outranks_a_missing_builder_and_the_manifest_tells_both(
     assert "quantiser blocks.1.mlp.fc1.input_quantizer: " in capsys.readouterr().err
     manifest = manifest_of(tmp_path / "dist")
     assert sorted(problem["exit_code"] for problem in manifest["problems"]) == [1, 3]
-    assert manifest["parity"]["failures"][0].startswith("quantiser blocks.1.mlp.fc1.input_quantizer: ")
+    assert manifest["parity"]["int4"]["failures"][0].startswith("quantiser blocks.1.mlp.fc1.input_quantizer: ")
 
 
 class Unbuildable(Int4):

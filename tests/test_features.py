@@ -88,10 +88,10 @@ def test_features_without_labels_from_command_to_report(
     assert "top-1" not in said
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["outputs"] == [{"name": "features", "shape": ["batch", 64], "dtype": "float32"}]
-    assert manifest["parity"]["torch_top1"] is None
-    assert manifest["parity"]["agreement"]["n"] == 32
-    assert manifest["parity"]["failures"] == []
-    assert manifest["parity"]["outputs_forced"]["features"] < 1e-5
+    assert manifest["parity"]["int4"]["torch_top1"] is None
+    assert manifest["parity"]["int4"]["agreement"]["n"] == 32
+    assert manifest["parity"]["int4"]["failures"] == []
+    assert manifest["parity"]["int4"]["outputs_forced"]["features"] < 1e-5
 
 
 def test_features_of_the_file_are_those_of_the_model(features: Path, probe: Tensor) -> None:
@@ -125,7 +125,7 @@ def test_classifier_is_exported_without_labels(quantised: Quantised, bare_npz: P
     arguments = [str(quantised.path), "--int4", "--data", str(bare_npz), "--out", str(tmp_path / "dist")]
     assert export_main(arguments) == 2
     assert export_main([*arguments, "--no-labels"]) == 0
-    parity = json.loads((tmp_path / "dist" / "manifest.json").read_text())["parity"]
+    parity = json.loads((tmp_path / "dist" / "manifest.json").read_text())["parity"]["int4"]
     assert (parity["compared"], parity["agreement"]["n"], parity["onnx_top1"]) == ("labels equal", 32, None)
 
 
