@@ -32,7 +32,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from gplq import __version__
-from gplq.checkpoint import Checkpoint
+from gplq.checkpoint import Checkpoint, integer_linears
 from gplq.data import ImageSet
 from gplq.errors import BuildError, GateError, MissingError, PrecisionError, UsageError
 from gplq.files import sha256, write_json, write_text, writing_error
@@ -162,7 +162,10 @@ def export(
             ir.save(model, path)
             result.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
             say(f"{path.name}: {path.stat().st_size:,} bytes")
-        result.storage = storage(QdqGraph(models["int4"].clone()), result.files["model.int4.onnx"]["bytes"])
+        int4, fp32 = (result.files[f"model.{name}.onnx"]["bytes"] for name in ("int4", "fp32"))
+        result.storage = storage(QdqGraph(models["int4"].clone()), int4)
+        _check_storage(checkpoint, result.storage)
+        say(f"model.int4.onnx: {int4 / fp32:.3f} x FP32; no weight code takes more than its bits")
         for name in deployments:
             _read_kernels(name, folder, result, say)
         if images is not None:
@@ -254,6 +257,18 @@ def _output(value: ir.Value) -> dict[str, Any]:
     assert value.shape is not None
     size = [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
     return {"name": value.name, "shape": size, "dtype": "float32"}
+
+
+def _check_storage(checkpoint: Checkpoint, storage: dict[str, int]) -> None:
+    """Two 4-bit codes a byte, and no weight folded back to floating point."""
+    layers = integer_linears(checkpoint.model).values()
+    expected = sum((layer.codes.numel() + 1) // 2 if layer.bits <= 4 else layer.codes.numel() for layer in layers)
+    found = sum(size for kind, size in storage.items() if kind.startswith("weight codes"))
+    if found != expected:
+        raise BuildError(
+            f"model.int4.onnx holds {found:,} bytes of weight codes, the checkpoint {expected:,}. This is a defect of "
+            "gplq; please report it."
+        )
 
 
 def _read_kernels(name: str, folder: Path, result: ExportResult, say: Say) -> None:

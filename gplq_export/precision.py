@@ -162,8 +162,8 @@ class PrecisionRow:
 
     @property
     def kept(self) -> bool:
-        """Whether the promise is kept. An attention may be fused although nothing promised it."""
-        return self.promised in (ANY, self.found) or (self.promised == "unfused" and self.found.endswith("fused"))
+        """Whether the promise is kept. What is promised of no attention kernel may be fused, or folded away, too."""
+        return self.promised in (ANY, "unfused", self.found)
 
 
 @dataclass(frozen=True)
@@ -413,7 +413,7 @@ def _row(
 ) -> PrecisionRow:
     own = {name, *(attention.products if attention else ())}
     merged = dict.fromkeys(node for layer in running for node in layer.onnx_nodes if node not in own)
-    note = attention.obstacle or "" if attention else ""
+    note = attention.obstacle or "" if attention and not running else ""
     return PrecisionRow(name, kind, *operands, promised, found, tuple(it.name for it in running), tuple(merged), note)
 
 

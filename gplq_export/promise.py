@@ -5,7 +5,10 @@ An attention becomes one kernel if it keeps these rules of the builder (all obse
     INT8    q, k, v, the probabilities and the output quantised to INT8; heads of 16, 32 or 64; 2 to 512 tokens
     FP8     q, k, v and the probabilities quantised to FP8; heads of 16 to 256; 32 to 2048 tokens
     FP16    nothing quantised; heads of 16 to 256; 2 to 2048 tokens
-    all     nothing between softmax and the quantiser of the probabilities; biases and masks constant
+    all     nothing between softmax and the quantiser of the probabilities; biases and masks constant; more than one
+            head or window; values as wide as queries and keys
+
+A single query is fused in INT8 in some shapes only, which is why nothing is promised of it.
 """
 
 from collections.abc import Collection, Sequence
@@ -132,11 +135,24 @@ def _obstacle(attention: qdq.Attention, carrier: str) -> str | None:
         return f"heads of {attention.head_dim}; {carrier} has kernels for {_span(_HEADS.get(carrier, ()))}"
     if attention.tokens is not None and attention.tokens not in _TOKENS.get(carrier, ()):
         return f"{attention.tokens} tokens; {carrier} has kernels for {_span(_TOKENS.get(carrier, ()))}"
+    scores, width = attention.qk.outputs[0].shape, _value_dim(attention)
+    if scores is not None and all(size == 1 for size in scores[1:-2]):
+        return "a single head; there are kernels for more"
+    if attention.head_dim is not None and width not in (None, attention.head_dim):
+        return f"values of {width} beside keys of {attention.head_dim}; there are kernels for one width"
     return None
 
 
 def _span(sizes: Sequence[int]) -> str:
     return f"{sizes[0]} to {sizes[-1]}" if isinstance(sizes, range) else ", ".join(map(str, sizes)) or "none"
+
+
+def _value_dim(attention: qdq.Attention) -> object:
+    """The width of the values, if the shapes tell; they may stand on either side of the probabilities."""
+    last = attention.between[-1] if attention.between else attention.softmax
+    transposed = attention.pv.inputs[1] is last.outputs[0]
+    values = attention.pv.inputs[0 if transposed else 1]
+    return values.shape[-2 if transposed else -1] if values is not None and values.shape is not None else None
 
 
 def _queries(attention: qdq.Attention) -> object:

@@ -188,8 +188,11 @@ def test_folding_keeps_the_codes(family: str, images: Images, monkeypatch: pytes
     monkeypatch.setattr(stage2, "quantize_rows", lambda weight, scale, _: weight.detach() / scale[:, None])
     _, model = build(family)
     data, _ = images.of(model)
-    convert(model, recipe())
-    calibrate(model, data, recipe())
+    settings = recipe().model_copy(
+        update={"softmax_bits": 4}
+    )  # the contract is about 4-bit codes; finer ones flip more
+    convert(model, settings)
+    calibrate(model, data, settings)
     for quantizer in (module for module in model.modules() if isinstance(module, ActivationQuantizer)):
         # Scales that FP16 holds already: their rounding is not part of the fold.
         scale = quantizer.scale.detach()
@@ -198,7 +201,7 @@ def test_folding_keeps_the_codes(family: str, images: Images, monkeypatch: pytes
         quantizer.parametrization = "linear"
         quantizer.set_scale(exact)
     before = copy.deepcopy(model)
-    stage2.quantize_weights(model, data, recipe())
+    stage2.quantize_weights(model, data, settings)
     codes: dict[str, Tensor] = {}
 
     def keep(name: str, quantizer: nn.Module, args: tuple[Tensor], output: Tensor | Codes) -> None:

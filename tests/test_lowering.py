@@ -118,7 +118,9 @@ def test_activation_types_follow_bits_and_sign(protos: dict[str, Any], checkpoin
         for name, quantizer in frozen_quantizers(checkpoint.model).items():
             four_bits = TensorProto.INT4 if quantizer.signed else TensorProto.UINT4
             carrier = {"int4": four_bits, "trt-fp8": TensorProto.FLOAT8E4M3FN}.get(target, TensorProto.INT8)
-            wanted = carrier if quantizer.bits == 4 else TensorProto.INT8
+            # In FP8, what meets the codes of a softmax, which are too large for it, is carried by INT8 as they are.
+            inside = target == "trt-fp8" and name.split(".")[-2] in ("qk", "pv")
+            wanted = carrier if quantizer.bits == 4 and not inside else TensorProto.INT8
             assert tensors[nodes[f"{name}/QuantizeLinear"].input[2]].data_type == wanted, (target, name)
 
 

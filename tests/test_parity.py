@@ -20,11 +20,21 @@ from gplq.checkpoint import Checkpoint, load_checkpoint
 from gplq.data import ImageSet, open_images
 from gplq.errors import MissingError
 from gplq.evaluate import Accuracy
-from gplq.models import load_model
+from gplq.models import FloatModel, load_model
 from gplq.pipeline import quantize
+from gplq.recipe import Recipe
 from gplq_export.lowering import lower
-from gplq_export.parity import BLOCK_LIMIT, LINEAR_LIMIT, AnotherSummationOrder, CodeCount, ParityReport, compare
-from gplq_export.targets import GraphWriter, Int4, Quantizer
+from gplq_export.parity import (
+    BLOCK_LIMIT,
+    LINEAR_LIMIT,
+    AnotherSummationOrder,
+    CodeCount,
+    ParityReport,
+    compare,
+    onnxruntime_reference,
+)
+from gplq_export.runtimes import onnxruntime_optimised
+from gplq_export.targets import Cpu, GraphWriter, Int4, Quantizer
 from gplq_export.trace import trace
 
 Array = NDArray[Any]
@@ -74,6 +84,22 @@ def test_faithful_graph_passes(clean: ParityReport, checkpoint: Checkpoint) -> N
     assert clean.agreement.correct >= 62
     assert all(5 < decibels < 60 for decibels in clean.sqnr_db.values())
     assert json.loads(json.dumps(clean.to_dict()))["failures"] == []
+
+
+@pytest.mark.parametrize(("activations", "softmax"), [(2, 3), (3, 4), (6, 5), (8, 7)])
+def test_codes_of_any_width_fit_into_types_that_hold_more(
+    float_model: FloatModel, npz_file: Path, tmp_path: Path, activations: int, softmax: int
+) -> None:
+    bits = {"activation_bits": activations, "softmax_bits": softmax}
+    recipe = Recipe.from_dict({**fast_recipe(enabled=False).to_dict(), **bits})
+    quantize(float_model, npz_file, tmp_path / "model.pt", recipe, eval_images=1, say=lambda _: None)
+    checkpoint = load_checkpoint(tmp_path / "model.pt")
+    dialect = trace(checkpoint)
+    # Far beyond what was seen in training: every quantiser clamps, and values in front of some are lower than zero.
+    images = [4 * torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))]
+    for target, runtime in ((Int4(), onnxruntime_reference), (Cpu(), onnxruntime_optimised)):
+        report = compare(checkpoint.model, lower(dialect, target, {}), images, runtime=runtime)
+        assert (report.forced_equal().different, report.failures()) == (0, []), target.name
 
 
 def test_another_summation_order_is_the_same_network(checkpoint: Checkpoint, probe: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ def select_before_norm(model: ir.Model) -> bool:
         model.graph.remove(norm)
         model.graph.insert_after(gather, norm)
         selected.name, normed.name = normed.name, selected.name
-        normed.shape = None
+        normed.type, normed.shape = selected.type, selected.shape
         changed = True
     return changed
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gplq.errors import UsageError
+from gplq.grid import code_limits
 
 Pass = Callable[[ir.Model], bool]
 
@@ -163,6 +164,16 @@ def prepared(writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
             "Mul", [x, writer.floating(f"{name}.pre_scale", quantizer.pre_scale)], f"{name}/Mul", f"{name}.scaled"
         )
     return x
+
+
+def clipped(writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
+    """What a quantiser rounds, behind a Clip to its lowest and highest code: a type often holds more of them."""
+    name = quantizer.name
+    bounds = [
+        writer.floating(f"{name}.{side}", np.asarray(code * quantizer.scale))
+        for side, code in zip(("low", "high"), code_limits(quantizer.bits, quantizer.signed), strict=True)
+    ]
+    return writer.node("Clip", [prepared(writer, quantizer), *bounds], f"{name}/Clip", f"{name}.clipped")
 
 
 def quantize_dequantize(writer: GraphWriter, quantizer: Quantizer, x: ir.Value, code_type: ir.DataType) -> ir.Value:

@@ -1,14 +1,18 @@
 """The portable file, and the reference for all others."""
 
+from typing import ClassVar
+
 import onnx_ir as ir
 
+from gplq_export.passes.drop_idle_clips import drop_idle_clips
 from gplq_export.targets.base import (
     GraphWriter,
+    Pass,
     Quantizer,
     Target,
     Weight,
+    clipped,
     integer_weight,
-    prepared,
     quantize_dequantize,
 )
 
@@ -17,14 +21,14 @@ class Int4(Target):
     """Everything explicit in the standard's own 4-bit types: the portable file, and the reference for all others."""
 
     name = "int4"
+    passes: ClassVar[tuple[Pass, ...]] = (drop_idle_clips,)
 
     def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
-        """[Add ->] [Mul ->] QuantizeLinear -> DequantizeLinear."""
+        """[Add ->] [Mul ->] [Clip ->] QuantizeLinear -> DequantizeLinear; Clip if the type holds more codes."""
         code_type = ir.DataType.INT8
         if quantizer.bits <= 4:
             code_type = ir.DataType.INT4 if quantizer.signed else ir.DataType.UINT4
-        x = prepared(writer, quantizer)
-        return quantize_dequantize(writer, quantizer, x, code_type)
+        return quantize_dequantize(writer, quantizer, clipped(writer, quantizer), code_type)
 
     def weight(self, writer: GraphWriter, weight: Weight) -> ir.Value:
         """INT4 (or INT8) initialiser -> DequantizeLinear."""

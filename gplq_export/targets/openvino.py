@@ -11,6 +11,7 @@ from gplq_export.targets.base import GraphWriter, Quantizer, Target, Weight, pre
 from gplq_export.targets.cpu import carried_weight
 
 DOMAIN = "org.openvinotoolkit"
+_BITS = (4, 8)  # a FakeQuantize of another number of levels is computed, and what it feeds multiplied, in FP32
 
 
 class OpenVino(Target):
@@ -26,17 +27,18 @@ class OpenVino(Target):
     passes = (fold_layer_scale, select_before_norm, transpose_keys_last)
 
     def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
-        """[Add ->] [Mul ->] FakeQuantize(x, low, high, low, high)."""
-        name = quantizer.name
+        """[Add ->] [Mul ->] [Clip ->] FakeQuantize(x, low, high, low, high)."""
+        name, x = quantizer.name, prepared(writer, quantizer)
         limits = code_limits(quantizer.bits, quantizer.signed)
-        ends = [
-            writer.floating(f"{name}.{side}", np.asarray(code * quantizer.scale))
-            for side, code in zip(("low", "high"), limits, strict=True)
-        ]
+        ends = _ends(writer, quantizer, limits)
+        if quantizer.bits not in _BITS:
+            x = writer.node("Clip", [x, *ends], f"{name}/Clip", f"{name}.clipped")
+            limits = code_limits(max(_BITS), quantizer.signed)
+            ends = _ends(writer, quantizer, limits, "wide_")
         writer.graph.opset_imports[DOMAIN] = 1
         return writer.node(
             "FakeQuantize",
-            [prepared(writer, quantizer), *ends, *ends],
+            [x, *ends, *ends],
             f"{name}/FakeQuantize",
             f"{name}.dequantized",
             domain=DOMAIN,
@@ -46,3 +48,11 @@ class OpenVino(Target):
     def weight(self, writer: GraphWriter, weight: Weight) -> ir.Value:
         """INT4 initialiser -> Cast to INT8, once, on loading -> DequantizeLinear; of more than 4 bits INT8."""
         return carried_weight(writer, weight)
+
+
+def _ends(writer: GraphWriter, quantizer: Quantizer, limits: tuple[int, int], prefix: str = "") -> list[ir.Value | None]:
+    """The values of the lowest and the highest code."""
+    return [
+        writer.floating(f"{quantizer.name}.{prefix}{side}", np.asarray(code * quantizer.scale))
+        for side, code in zip(("low", "high"), limits, strict=True)
+    ]

@@ -2,10 +2,8 @@
 
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
-from gplq.grid import code_limits
 from gplq_export.passes.drop_idle_clips import drop_idle_clips
 from gplq_export.passes.fold_constants import fold_constants
 from gplq_export.passes.hoist_quantizers import hoist_quantizers
@@ -16,8 +14,8 @@ from gplq_export.targets.base import (
     Quantizer,
     Target,
     Weight,
+    clipped,
     integer_weight,
-    prepared,
     quantize_dequantize,
 )
 
@@ -35,13 +33,7 @@ class TensorRTInt8(Target):
 
     def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
         """[Add ->] [Mul ->] Clip -> QuantizeLinear -> DequantizeLinear."""
-        x = prepared(writer, quantizer)
-        bounds = [
-            writer.floating(f"{quantizer.name}.{side}", np.asarray(code * quantizer.scale))
-            for side, code in zip(("low", "high"), code_limits(quantizer.bits, quantizer.signed), strict=True)
-        ]
-        clipped = writer.node("Clip", [x, *bounds], f"{quantizer.name}/Clip", f"{quantizer.name}.clipped")
-        return self.rounded(writer, quantizer, clipped)
+        return self.rounded(writer, quantizer, clipped(writer, quantizer))
 
     def rounded(self, writer: GraphWriter, quantizer: Quantizer, x: ir.Value) -> ir.Value:
         """QuantizeLinear -> DequantizeLinear of what has been clipped."""
