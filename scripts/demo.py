@@ -78,7 +78,7 @@ def table() -> str:
     ]
     return "\n".join(
         [
-            render(rows + size_rows(manifest) + engine_rows(manifest)),
+            render(rows + size_rows(manifest) + deployment_rows(manifest)),
             "* with another order of summation: the noise floor",
         ]
     )
@@ -98,9 +98,12 @@ def size_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     return rows + [(f"    {name}", f"{size:,}") for name, size in parts.items()]
 
 
-def engine_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the builder made, or why it did not."""
-    rows = [("engine", "")]
+def deployment_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """What runs in which arithmetic, read back; and what could not be built."""
+    kernels, parity = manifest["kernels"].get("cpu", {}), manifest["parity"]["cpu"]
+    integer = f"{sum(kernel['integer'] for kernel in kernels.values())} of {len(kernels)} multiplications in integers"
+    rows = [("deployment", ""), ("  cpu", f"ONNX Runtime {manifest['versions']['onnxruntime']}: {integer}")]
+    rows.append(("", f"equal codes, same input {equal_codes(parity['quantizers_forced'])}"))
     for name, engine in manifest["engines"].items():
         built = f"{engine['backend']} {engine['backend_version']}, {engine['plan_bytes']:,} bytes"
         rows.append((f"  {name}", f"{built}, {engine['build_seconds']:.1f} s"))
