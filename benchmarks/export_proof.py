@@ -10,6 +10,7 @@ else with TensorRT-RTX, of all four kinds. The file is written after every model
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import tempfile
@@ -54,9 +55,9 @@ def measure(checkpoint: Checkpoint, arguments: argparse.Namespace, folder: Path)
     labelled = checkpoint.provenance.get("source") != "random"
     images = open_test_images(arguments.data, checkpoint, arguments.images, need_labels=labelled)
     started = time.perf_counter()
-    result = export(
-        checkpoint, folder / "dist", engines=ENGINES, images=images, forced_images=arguments.forced, force=True
-    )
+    openvino = importlib.util.find_spec("openvino") is not None
+    settings: dict[str, Any] = {"images": images, "forced_images": arguments.forced, "openvino": openvino}
+    result = export(checkpoint, folder / "dist", engines=ENGINES, **settings)
     return {"seconds": round(time.perf_counter() - started, 1), **summary(result)}
 
 

@@ -9,11 +9,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from gplq.errors import MissingError, PrecisionError
-from gplq_export.passes.common import source
+from gplq_export.passes.common import constant, source
 from gplq_export.runtimes import OPENVINO_OPTIONS
 
 _MULTIPLIES = ("MatMul", "Gemm", "Conv", "MatMulIntegerToFloat")
@@ -26,6 +27,12 @@ _INTEGER_OPERATORS = (
     "QLinearConv",
     "QLinearMatMul",
 )
+# What OpenVINO executes: what multiplies, and what only moves elements on the way there.
+_OPENVINO_MULTIPLIES = ("Convolution", "FullyConnected", "MatMul", "ScaledDotProductAttention", "Subgraph")
+_OPENVINO_MOVES = ("Reorder", "Reshape", "Transpose")
+# Why quantised factors are multiplied in floating point: the runtimes have no other kernels.
+_FLOAT_OUTPUT = "ONNX Runtime convolves codes only where the output is quantised, too"
+_NO_SIGN = "OpenVINO multiplies codes only where those of the second factor have a sign"
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,14 @@ class Kernel:
     Attributes:
         kernel: the runtime's own name for it; empty if it does not say.
         integer: whether it multiplies 8-bit codes.
-        promised: whether the file asks for that: both factors are quantised.
+        promised: whether it has to: both factors are quantised, and the runtime has such a kernel.
+        note: why it is not promised although both factors are quantised.
     """
 
     kernel: str
     integer: bool
     promised: bool
+    note: str = ""
 
 
 def onnxruntime_kernels(path: Path) -> dict[str, Kernel]:
@@ -67,7 +76,7 @@ def onnxruntime_kernels(path: Path) -> dict[str, Kernel]:
         found = by_name.get(node.name) or by_output.get(node.outputs[0].name)
         return ("", False) if found is None else (found.op_type, found.op_type in _INTEGER_OPERATORS)
 
-    return _kernels(path, find)
+    return _kernels(path, find, lambda node: _FLOAT_OUTPUT if node.op_type == "Conv" else "")
 
 
 def openvino_kernels(path: Path) -> dict[str, Kernel]:
@@ -75,37 +84,63 @@ def openvino_kernels(path: Path) -> dict[str, Kernel]:
 
     Raises:
         MissingError: OpenVINO is not installed.
+        PrecisionError: OpenVINO cannot compile the file.
     """
     try:
         import openvino
     except ImportError as error:
         raise MissingError("OpenVINO is not installed: pip install 'gplq[openvino]'.") from error
-    compiled = openvino.Core().compile_model(path, "CPU", OPENVINO_OPTIONS)
+    try:
+        compiled = openvino.Core().compile_model(path, "CPU", OPENVINO_OPTIONS)
+    except RuntimeError as error:
+        reason = next((line for line in str(error).splitlines() if not line.startswith("Exception from")), "")
+        raise PrecisionError(f"OpenVINO {openvino.__version__} cannot compile {path.name}: {reason}") from error
     primitives: dict[str, str] = {}
     for operation in compiled.get_runtime_model().get_ordered_ops():
-        info = operation.get_rt_info()
-        layer, primitive = (info[key].astype(str) for key in ("layerType", "primitiveType"))
-        if layer in ("Const", "Transpose", "Reshape", "Reorder"):
+        layer, primitive, names = _described(operation)
+        if layer not in _OPENVINO_MULTIPLIES:
             continue
-        names = info["originalLayersNames"].astype(str).split(",")
-        if layer == "FullyConnected":
-            # Its own name may be that of a scale it was merged with; its weight still has the linear's.
-            weight = operation.input_value(1).get_node()
-            while weight.get_input_size():
-                weight = weight.input_value(0).get_node()
-            names.append(weight.get_friendly_name())
+        for value in operation.input_values():
+            # Its own name may be that of a scale it was merged with; what it multiplies still has the right one.
+            names += _described(_moved(value.get_node()))[2]
         for name in names:
-            primitives.setdefault(name.partition("/")[0].removesuffix(".codes"), f"{layer} {primitive}")
+            known = name.partition("/")[0].removesuffix(".codes")
+            primitives.setdefault(known, f"{layer} {primitive}")
 
     def find(node: ir.Node) -> tuple[str, bool]:
-        kernel = primitives.get(str(node.name), "")
+        factors = (source(value) for value in node.inputs[:2])
+        names = [str(node.name), *(str(it.name).partition("/")[0] for it in factors if it is not None)]
+        kernel = next((primitives[name] for name in names if name in primitives), "")
         return kernel, re.search(r"_[iu]8$", kernel, re.IGNORECASE) is not None
 
-    return _kernels(path, find)
+    return _kernels(path, find, _unsigned_second)
+
+
+def _described(operation: Any) -> tuple[str, str, list[str]]:
+    """An executed operation of OpenVINO: its type, what runs it, and the nodes that it was made of."""
+    info = operation.get_rt_info()
+    layer, primitive, names = (
+        info[key].astype(str) if key in info else "" for key in ("layerType", "primitiveType", "originalLayersNames")
+    )
+    return layer, primitive, names.split(",") if names else [operation.get_friendly_name()]
+
+
+def _moved(operation: Any) -> Any:
+    """The operation that computes what another one gets, behind those that only move elements."""
+    while operation.get_input_size() and _described(operation)[0] in _OPENVINO_MOVES:
+        operation = operation.input_value(0).get_node()
+    return operation
+
+
+def _unsigned_second(node: ir.Node) -> str:
+    """Why OpenVINO multiplies two activations in floating point, if it does."""
+    quantize = source(node.inputs[1])
+    low = None if quantize is None or quantize.op_type != "FakeQuantize" else constant(quantize.inputs[1])
+    return _NO_SIGN if low is not None and low.min() >= 0 else ""
 
 
 def check_kernels(kernels: dict[str, Kernel]) -> None:
-    """Make sure that whatever a file quantises is multiplied in integers.
+    """Make sure that what is promised is multiplied in integers.
 
     Raises:
         PrecisionError: something is not; the message names the first, and says how many there are.
@@ -121,12 +156,16 @@ def check_kernels(kernels: dict[str, Kernel]) -> None:
         )
 
 
-def _kernels(path: Path, find: Callable[[ir.Node], tuple[str, bool]]) -> dict[str, Kernel]:
+def _kernels(
+    path: Path, find: Callable[[ir.Node], tuple[str, bool]], obstacle: Callable[[ir.Node], str]
+) -> dict[str, Kernel]:
+    """``find``: kernel, and whether it is one of integers; ``obstacle``: why the runtime has none of these."""
     found = {}
     for node in ir.load(path).graph:
         if node.op_type in _MULTIPLIES:
-            promised = node.op_type in _INTEGER_OPERATORS or all(map(_is_quantised, node.inputs[:2]))
-            found[str(node.name)] = Kernel(*find(node), promised)
+            quantised = node.op_type in _INTEGER_OPERATORS or all(map(_is_quantised, node.inputs[:2]))
+            note = obstacle(node) if quantised else ""
+            found[str(node.name)] = Kernel(*find(node), quantised and not note, note)
     return found
 
 

@@ -51,7 +51,8 @@ BLOCK_LIMIT = 0.005  # share of a block's codes that may differ when it is fed t
 LINEAR_LIMIT = 1e-4  # largest difference of a linear's output from PyTorch's, relative to its largest value
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]  # arrays by the names of inputs -> one for each output
 Runtime = Callable[[bytes], Run]  # opens a serialised model
-_TIE = 2.0**-20  # by so much a reciprocal, rounded, and a product with it may be wrong
+# By so much of its range a number may be wrong that was multiplied by a rounded reciprocal and moved to positive codes.
+_TIE = 2.0**-21
 _COSINE_RESOLUTION = 1e-6  # two FP32 networks without any unequal code differ by less
 _BEFORE, _BEHIND = "stem", "head"  # the parts of the network in front of the first unit and behind the last
 
@@ -241,12 +242,13 @@ def compare(
         batch_size: images at once, of an image set.
         runtime: where the graph runs.
         ties: it multiplies by the reciprocal of a scale: where the last bits of a number decide between two codes, it
-            may take either.
+            may take either. Quantisers are fed numbers that are moved off these ties.
 
     Raises:
         MissingError: the runtime is not installed.
     """
-    taps = _taps(onnx_model, frozen_quantizers(model))
+    frozen = frozen_quantizers(model)
+    taps = _taps(onnx_model, frozen)
     quantizers = list(taps)
     linears = {name: _linear_output(onnx_model, name) for name in integer_linears(model)}
     factors = {name: _folded_factor(onnx_model, name, linear) for name, linear in integer_linears(model).items()}
@@ -282,14 +284,16 @@ def compare(
             if whole is not free:
                 answers = whole.run({INPUT: inputs.numpy()})
             if done < report.forced_images:
-                feeds = {tap.source: tap.feed(seen.inputs[name]) for name, tap in taps.items()}
+                fed_inputs: dict[str, np.ndarray] = {}
+                for name, tap in taps.items():
+                    x = fed_inputs.get(tap.source, seen.inputs[name])  # several may read the same
+                    fed_inputs[tap.source] = _off_ties(x, frozen[name]) if ties else x
+                feeds = {tap.source: tap.feed(fed_inputs[tap.source]) for tap in taps.values()}
                 answers_forced = forced.run({INPUT: inputs.numpy(), **feeds})
                 equal: dict[str, np.ndarray] = {}
                 for name, tap in taps.items():
                     codes, expected = tap.codes(answers_forced), seen.codes[name]
                     equal[name] = (codes == expected).reshape(len(codes), -1).all(1)
-                    if ties and not equal[name].all():
-                        expected = _nearest(codes, model.get_submodule(name), seen.inputs[name])
                     report.quantizers[name].add(codes, expected)
                 for name, output in linears.items():
                     same = equal[seen.linear_quantizers[name]]  # behind another code a linear returns something else
@@ -318,7 +322,7 @@ def compare(
                 report.max_output_difference = float(np.maximum(report.max_output_difference, difference))
             done += len(inputs)
             bar.update(len(inputs))
-    # What was never compared, because a tie stood before it in every image, is not proven.
+    # What was never compared, because codes before it differed in every image, is not proven.
     report.linears = {name: report.linears.get(name, math.nan) for name in linears}
     report.outputs = {name: report.outputs.get(name, 0.0 if name in fed else math.nan) for name in outputs}
     report.agreement, report.noise_floor = (_summary(values, classifies) for values in close.values())
@@ -457,14 +461,20 @@ def _largest(x: np.ndarray) -> float:
     return float(np.abs(x).max())
 
 
-def _nearest(found: np.ndarray, quantizer: Any, inputs: np.ndarray) -> np.ndarray:
-    """The codes of ``inputs``; where another is as near but for the last bits, that one if it was found."""
-    x = torch.from_numpy(inputs)
-    x = x if quantizer.pre_shift is None else x + quantizer.pre_shift
-    x = x if quantizer.pre_scale is None else x * quantizer.pre_scale
-    near = [grid.quantize(x, quantizer.scale * (1 + e), quantizer.bits, quantizer.signed) for e in (0.0, _TIE, -_TIE)]
-    exact, smaller, larger = (codes.numpy() for codes in near)
-    return np.where((found == smaller) | (found == larger), found, exact)
+def _off_ties(x: np.ndarray, quantizer: FrozenQuantizer) -> np.ndarray:
+    """``x``, but numbers whose last bits decide between two codes move a little towards the one that they get."""
+
+    def codes(moved: float) -> Tensor:
+        y = torch.from_numpy(x)
+        y = y if quantizer.pre_shift is None else y + quantizer.pre_shift
+        y = y if quantizer.pre_scale is None else y * quantizer.pre_scale
+        return grid.quantize(y + moved * quantizer.scale, quantizer.scale, quantizer.bits, quantizer.signed)
+
+    tie = _TIE * 2**quantizer.bits
+    direction = (codes(0) != codes(-tie)).float() - (codes(0) != codes(tie)).float()
+    step = 2 * tie * quantizer.scale
+    moved: np.ndarray = x + (direction * (step if quantizer.pre_scale is None else step / quantizer.pre_scale)).numpy()
+    return moved
 
 
 def _add_error(model: nn.Module, quantised: "_Capture", inputs: Tensor, signal: np.ndarray, noise: np.ndarray) -> None:

@@ -118,6 +118,15 @@ def _obstacle(attention: qdq.Attention, carrier: str) -> str | None:
         return f"only {quantised} of q, k, p and v are quantised, or to several types: all or none of them must be"
     if carrier == "FP32":
         return "engines fuse attentions in INT8, FP8 and FP16, not in FP32"
+    if attention.head_dim is not None and attention.head_dim not in _HEADS.get(carrier, ()):
+        return f"heads of {attention.head_dim}; {carrier} has kernels for {_span(_HEADS.get(carrier, ()))}"
+    if attention.tokens is not None and attention.tokens not in _TOKENS.get(carrier, ()):
+        return f"{attention.tokens} tokens; {carrier} has kernels for {_span(_TOKENS.get(carrier, ()))}"
+    scores, width = attention.qk.outputs[0].shape, _value_dim(attention)
+    if scores is not None and all(size == 1 for size in scores[1:-2]):
+        return "a single head; there are kernels for more"
+    if attention.head_dim is not None and width not in (None, attention.head_dim):
+        return f"values of {width} beside keys of {attention.head_dim}; there are kernels for one width"
     if between:
         return (
             f"{' and '.join(between)} stands between softmax and its quantiser: the probabilities' codes end below 1. "
@@ -131,15 +140,6 @@ def _obstacle(attention: qdq.Attention, carrier: str) -> str | None:
             return f"{_listed(readers)} follows: its output must be quantised to INT8 right behind it"
         if _queries(attention) == 1:
             return "a single query; there are kernels for more"
-    if attention.head_dim is not None and attention.head_dim not in _HEADS.get(carrier, ()):
-        return f"heads of {attention.head_dim}; {carrier} has kernels for {_span(_HEADS.get(carrier, ()))}"
-    if attention.tokens is not None and attention.tokens not in _TOKENS.get(carrier, ()):
-        return f"{attention.tokens} tokens; {carrier} has kernels for {_span(_TOKENS.get(carrier, ()))}"
-    scores, width = attention.qk.outputs[0].shape, _value_dim(attention)
-    if scores is not None and all(size == 1 for size in scores[1:-2]):
-        return "a single head; there are kernels for more"
-    if attention.head_dim is not None and width not in (None, attention.head_dim):
-        return f"values of {width} beside keys of {attention.head_dim}; there are kernels for one width"
     return None
 
 

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from gplq_export.passes.fold_layer_scale import fold_layer_scale
 from gplq_export.passes.integer_matmuls import integer_matmuls
+from gplq_export.passes.keep_reduced_axes import keep_reduced_axes
 from gplq_export.passes.select_before_norm import select_before_norm
 from gplq_export.passes.transpose_keys_last import transpose_keys_last
+from gplq_export.passes.unflatten_batch_norm import unflatten_batch_norm
 
 RANDOM = np.random.default_rng(0)
 CODES = RANDOM.integers(-8, 8, (6, 5)).astype(np.int8)
@@ -28,6 +30,11 @@ CONSTANTS: dict[str, NDArray[Any]] = {
     "a_zero": np.array(248, np.uint8),
     "a_zeros": np.full(6, 248, np.uint8),
     "first": np.array(0, np.int64),
+    "second": np.array([1], np.int64),
+    "flat": np.array([-1, 5], np.int64),
+    "narrow": np.array([-1, 5, 1], np.int64),
+    "back": np.array([-1, 4, 5], np.int64),
+    "variance": np.linspace(0.5, 2.0, 5, dtype=np.float32),
     "norm_weight": RANDOM.standard_normal(6).astype(np.float32),
     "norm_bias": RANDOM.standard_normal(6).astype(np.float32),
     "low": np.array(-0.8, np.float32),
@@ -113,6 +120,35 @@ def test_layer_scale_goes_into_the_linear(bias: str) -> None:
 )
 def test_layer_scale_stays(nodes: str) -> None:
     check_left(fold_layer_scale, model_of(nodes))
+
+
+BATCH_NORM = "n = BatchNormalization<epsilon=0.25>(f, scale, bias, gamma, variance)\n y = Reshape(n, back)"
+
+
+@pytest.mark.parametrize("linear", ["p = MatMul(x, w)", "m = MatMul(x, w)\n p = Add(m, bias)"])
+def test_batch_norm_becomes_a_scale_and_a_shift(linear: str) -> None:
+    model = model_of(f"{WEIGHT}\n {linear}\n f = Reshape(p, flat)\n {BATCH_NORM}")
+    biased = ["Add"] if "Add" in linear else []
+    check(unflatten_batch_norm, model, ["DequantizeLinear", "MatMul", *biased, "Mul", "Add", "Reshape"])
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        f"f = Reshape(x, flat)\n {BATCH_NORM}",  # other channels than those of the linear
+        f"{WEIGHT}\n p = MatMul(x, w)\n f = Reshape(p, narrow)\n {BATCH_NORM}",
+        f"{WEIGHT}\n p = MatMul(x, w)\n f = Reshape(p, flat)\n {BATCH_NORM.replace('y =', 'r =')}\n y = Add(r, n)",
+    ],
+)
+def test_batch_norm_stays(nodes: str) -> None:
+    check_left(unflatten_batch_norm, model_of(nodes))
+
+
+@pytest.mark.parametrize("op_type", ["ReduceMax", "ReduceMean"])
+def test_reduction_keeps_its_axes(op_type: str) -> None:
+    model = model_of(f"r = {op_type}<keepdims=0>(x, second)\n y = Relu(r)", out="B,6")
+    check(keep_reduced_axes, model, [op_type, "Squeeze", "Relu"])
+    check_left(keep_reduced_axes, model_of(f"y = {op_type}<keepdims=1>(x, second)", out="B,1,6"))
 
 
 NORM = "n = LayerNormalization<axis=-1>(x, norm_weight, norm_bias)"

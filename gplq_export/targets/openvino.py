@@ -5,8 +5,10 @@ import onnx_ir as ir
 
 from gplq.grid import code_limits
 from gplq_export.passes.fold_layer_scale import fold_layer_scale
+from gplq_export.passes.keep_reduced_axes import keep_reduced_axes
 from gplq_export.passes.select_before_norm import select_before_norm
 from gplq_export.passes.transpose_keys_last import transpose_keys_last
+from gplq_export.passes.unflatten_batch_norm import unflatten_batch_norm
 from gplq_export.targets.base import GraphWriter, Quantizer, Target, Weight, prepared
 from gplq_export.targets.cpu import carried_weight
 
@@ -24,7 +26,7 @@ class OpenVino(Target):
 
     name = "openvino"
     holds_codes = False
-    passes = (fold_layer_scale, select_before_norm, transpose_keys_last)
+    passes = (unflatten_batch_norm, fold_layer_scale, select_before_norm, keep_reduced_axes, transpose_keys_last)
 
     def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
         """[Add ->] [Mul ->] [Clip ->] FakeQuantize(x, low, high, low, high)."""
@@ -50,7 +52,9 @@ class OpenVino(Target):
         return carried_weight(writer, weight)
 
 
-def _ends(writer: GraphWriter, quantizer: Quantizer, limits: tuple[int, int], prefix: str = "") -> list[ir.Value | None]:
+def _ends(
+    writer: GraphWriter, quantizer: Quantizer, limits: tuple[int, int], prefix: str = ""
+) -> list[ir.Value | None]:
     """The values of the lowest and the highest code."""
     return [
         writer.floating(f"{quantizer.name}.{prefix}{side}", np.asarray(code * quantizer.scale))
