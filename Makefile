@@ -59,7 +59,7 @@ ifneq ($(TORCH_INDEX),)
 endif
 	@echo "==> gplq and everything else, in the versions of constraints.txt"
 	@$(if $(RTX),,echo "    without TensorRT-RTX, which has no wheels for $(PLATFORM): engines will be reported as skipped")
-	@$(PIP) install $(QUIET) -e '.[cpu,$(RTX:%=%,)report,dev]' -c constraints.txt
+	@$(PIP) install $(QUIET) -e '.[cpu,openvino,$(RTX:%=%,)report,dev]' -c constraints.txt
 	@touch $@
 	@echo "==> Ready."
 
