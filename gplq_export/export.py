@@ -42,12 +42,12 @@ from gplq_export.inspect import storage
 from gplq_export.kernels import Kernel, check_kernels, onnxruntime_kernels, openvino_kernels
 from gplq_export.lowering import linear_nodes, lower
 from gplq_export.overflow import OverflowReport, probe
-from gplq_export.parity import ParityReport, Runtime, compare
+from gplq_export.parity import ParityReport, compare
 from gplq_export.plot import plot_layers
 from gplq_export.precision import EngineReport, PrecisionTable, check_precision, precision_table
 from gplq_export.promise import promise
 from gplq_export.qdq import QdqGraph
-from gplq_export.runtimes import onnxruntime_optimised, openvino_optimised
+from gplq_export.runtimes import Runtime, onnxruntime_optimised, openvino_optimised
 from gplq_export.targets import TARGETS, Target
 from gplq_export.trace import trace
 

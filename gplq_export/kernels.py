@@ -13,9 +13,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from gplq.errors import MissingError, PrecisionError
+from gplq.errors import PrecisionError
 from gplq_export.passes.common import constant, source
-from gplq_export.runtimes import OPENVINO_OPTIONS
+from gplq_export.runtimes import OPENVINO_OPTIONS, onnxruntime, openvino
 
 _MULTIPLIES = ("MatMul", "Gemm", "Conv", "MatMulIntegerToFloat")
 _INTEGER_OPERATORS = (
@@ -58,15 +58,12 @@ def onnxruntime_kernels(path: Path) -> dict[str, Kernel]:
     Raises:
         MissingError: ONNX Runtime is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingError("ONNX Runtime is not installed: pip install 'gplq[cpu]'.") from error
-    options = onnxruntime.SessionOptions()
+    package = onnxruntime()
+    options = package.SessionOptions()
     options.log_severity_level = 4  # it warns that the optimised file is for this machine only
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        package.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         optimised = ir.load(options.optimized_model_filepath).graph
     by_name = {node.name: node for node in optimised}
     by_output = {value.name: node for node in optimised for value in node.outputs}
@@ -86,15 +83,12 @@ def openvino_kernels(path: Path) -> dict[str, Kernel]:
         MissingError: OpenVINO is not installed.
         PrecisionError: OpenVINO cannot compile the file.
     """
+    package = openvino()
     try:
-        import openvino
-    except ImportError as error:
-        raise MissingError("OpenVINO is not installed: pip install 'gplq[openvino]'.") from error
-    try:
-        compiled = openvino.Core().compile_model(path, "CPU", OPENVINO_OPTIONS)
+        compiled = package.Core().compile_model(path, "CPU", OPENVINO_OPTIONS)
     except RuntimeError as error:
         reason = next((line for line in str(error).splitlines() if not line.startswith("Exception from")), "")
-        raise PrecisionError(f"OpenVINO {openvino.__version__} cannot compile {path.name}: {reason}") from error
+        raise PrecisionError(f"OpenVINO {package.__version__} cannot compile {path.name}: {reason}") from error
     primitives: dict[str, str] = {}
     for operation in compiled.get_runtime_model().get_ordered_ops():
         layer, primitive, names = _described(operation)

@@ -20,7 +20,7 @@ Everything is streamed: memory is one batch, whatever the number of images.
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,20 +37,18 @@ from gplq import grid
 from gplq.checkpoint import frozen_quantizers, integer_linears
 from gplq.convert import input_name, output_name, structure_of, units
 from gplq.data import ImageSet, batches
-from gplq.errors import MissingError
 from gplq.evaluate import Accuracy, Similarity, cosines
 from gplq.integer import FrozenQuantizer, IntegerLinear, set_rounding
 from gplq.ops import Codes
 from gplq.progress import progress
 from gplq_export.passes.common import constant, only_reader
 from gplq_export.passes.fold_layer_scale import SCALED
+from gplq_export.runtimes import Runtime, onnxruntime_reference
 from gplq_export.targets import codes_name
 from gplq_export.trace import INPUT, LOGITS
 
 BLOCK_LIMIT = 0.005  # share of a block's codes that may differ when it is fed the same input
 LINEAR_LIMIT = 1e-4  # largest difference of a linear's output from PyTorch's, relative to its largest value
-Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]  # arrays by the names of inputs -> one for each output
-Runtime = Callable[[bytes], Run]  # opens a serialised model
 # By so much of its range a number may be wrong that was multiplied by a rounded reciprocal and moved to positive codes.
 _TIE = 2.0**-21
 _COSINE_RESOLUTION = 1e-6  # two FP32 networks without any unequal code differ by less
@@ -209,16 +207,6 @@ def _sum(counts: Any) -> CodeCount:
         total.different += count.different
         total.total += count.total
     return total
-
-
-def onnxruntime_reference(model: bytes) -> Run:
-    """ONNX Runtime on the CPU, which runs the graph as it is written.
-
-    Raises:
-        MissingError: ONNX Runtime is not installed.
-    """
-    session = reference_session(model)
-    return lambda feeds: list(session.run(None, feeds))
 
 
 @torch.inference_mode()
@@ -622,25 +610,6 @@ class _Session:
         """Arrays by tensor name; ``feeds`` may hold more than is needed."""
         needed = {tensor: feeds[name] for tensor, name in self.inputs.items()}
         return dict(zip(self.outputs, self._run(needed), strict=True))
-
-
-def reference_session(model: bytes | str) -> Any:
-    """An ONNX Runtime session on the CPU that runs the graph as it is written.
-
-    Raises:
-        MissingError: ONNX Runtime is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingError(
-            "ONNX Runtime is not installed: pip install 'gplq[cpu]', or 'gplq[gpu]' on a machine with an NVIDIA GPU; "
-            "never both, they share a folder."
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _is_4_bit(quantize: ir.Node) -> bool:

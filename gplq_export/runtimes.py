@@ -1,46 +1,91 @@
-"""Where deployment files run: a serialised model -> a function from arrays by input name to the outputs, in order."""
+"""Where ONNX files run on a CPU: a serialised model -> a function from arrays by input name to its outputs in order."""
 
-from typing import Any
+import importlib
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 
 from gplq.errors import MissingError
-from gplq_export.parity import Run
+
+Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+Runtime = Callable[[bytes], Run]
+OPENVINO_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32"}  # its own choice would be BF16 where the CPU has it
 
 
-def onnxruntime_optimised(model: bytes) -> Run:
-    """ONNX Runtime on the CPU as anybody gets it, with all of its graph optimisation.
+def onnxruntime() -> Any:
+    """The package.
+
+    Raises:
+        MissingError: it is not installed.
+    """
+    return _package(
+        "onnxruntime",
+        "ONNX Runtime is not installed: pip install 'gplq[cpu]', or 'gplq[gpu]' on a machine with an NVIDIA GPU; "
+        "never both, they share a folder.",
+    )
+
+
+def openvino() -> Any:
+    """The package.
+
+    Raises:
+        MissingError: it is not installed.
+    """
+    return _package("openvino", "OpenVINO is not installed: pip install 'gplq[openvino]'.")
+
+
+def _package(name: str, otherwise: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingError(otherwise) from error
+
+
+def onnxruntime_session(model: bytes | str, level: Literal["DISABLE_ALL", "ENABLE_BASIC", "ENABLE_ALL"]) -> Any:
+    """An ONNX Runtime session on the CPU with that much of its graph optimisation.
 
     Raises:
         MissingError: ONNX Runtime is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingError("ONNX Runtime is not installed: pip install 'gplq[cpu]'.") from error
-    options = onnxruntime.SessionOptions()
+    package = onnxruntime()
+    options = package.SessionOptions()
+    options.graph_optimization_level = getattr(package.GraphOptimizationLevel, f"ORT_{level}")
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return package.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def reference_session(model: bytes | str) -> Any:
+    """An :func:`onnxruntime_session` that runs the graph as it is written."""
+    return onnxruntime_session(model, "DISABLE_ALL")
+
+
+def onnxruntime_reference(model: bytes) -> Run:
+    """ONNX Runtime on the CPU, which runs the graph as it is written; see :func:`reference_session`."""
+    session = reference_session(model)
+    return lambda feeds: list(session.run(None, feeds))
+
+
+def onnxruntime_optimised(model: bytes) -> Run:
+    """ONNX Runtime on the CPU as anybody gets it; see :func:`onnxruntime_session`."""
+    session = onnxruntime_session(model, "ENABLE_ALL")
     return lambda feeds: list(session.run(None, feeds))
 
 
 def openvino_optimised(model: bytes) -> Run:
-    """OpenVINO on the CPU; what is not quantised in FP32, where its own choice would be BF16.
+    """OpenVINO on the CPU; what is not quantised in FP32.
 
     Raises:
         MissingError: OpenVINO is not installed.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingError("OpenVINO is not installed: pip install 'gplq[openvino]'.") from error
+    package = openvino()
     compiled: Any = None
 
     def run(feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         nonlocal compiled
         if compiled is None:
-            core = openvino.Core()
+            core = package.Core()
             compiled = core.compile_model(core.read_model(_with_shapes(model, feeds)), "CPU", OPENVINO_OPTIONS)
         answers = compiled(feeds)
         return [np.array(answers[output]) for output in compiled.outputs]
@@ -56,6 +101,3 @@ def _with_shapes(model: bytes, feeds: dict[str, np.ndarray]) -> bytes:
         value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, [None, *sizes]))
     serialised: bytes = proto.SerializeToString()
     return serialised
-
-
-OPENVINO_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32"}

@@ -21,8 +21,8 @@ from gplq.models import ModelSpec
 from gplq.recipe import Recipe
 from gplq_export.kernels import Kernel, check_kernels, onnxruntime_kernels, openvino_kernels
 from gplq_export.lowering import lower
-from gplq_export.parity import Runtime, compare, reference_session
-from gplq_export.runtimes import onnxruntime_optimised, openvino_optimised
+from gplq_export.parity import compare
+from gplq_export.runtimes import Runtime, onnxruntime_optimised, openvino_optimised, reference_session
 from gplq_export.targets import Cpu, Int4, OpenVino, Target
 from gplq_export.trace import is_dialect, node_name, trace
 

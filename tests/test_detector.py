@@ -18,7 +18,7 @@ from gplq.layers import QuantMatMul
 from gplq.lsq import ActivationQuantizer
 from gplq.pipeline import train_activations
 from gplq.stage2 import quantize_weights
-from gplq_export.parity import reference_session
+from gplq_export.runtimes import reference_session
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "detector.py"
 

@@ -28,7 +28,8 @@ from gplq.pipeline import quantize
 from gplq.survey import input_size
 from gplq_export.cli import main as export_main
 from gplq_export.lowering import lower
-from gplq_export.parity import CodeCount, ParityReport, compare, reference_session
+from gplq_export.parity import CodeCount, ParityReport, compare
+from gplq_export.runtimes import reference_session
 from gplq_export.targets import TARGETS
 from gplq_export.trace import trace
 

@@ -17,7 +17,7 @@ from gplq.checkpoint import Checkpoint, frozen_quantizers, integer_linears
 from gplq.errors import UsageError
 from gplq.integer import set_rounding
 from gplq_export.lowering import lower
-from gplq_export.parity import reference_session
+from gplq_export.runtimes import reference_session
 from gplq_export.targets import TARGETS, GraphWriter, Quantizer
 from gplq_export.trace import OPSET
 

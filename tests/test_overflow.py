@@ -14,7 +14,7 @@ from gplq.data import ImageSet
 from gplq.errors import UsageError
 from gplq_export.lowering import lower
 from gplq_export.overflow import FP16_MAX, OverflowReport, Peak, probe
-from gplq_export.parity import reference_session
+from gplq_export.runtimes import reference_session
 from gplq_export.targets import TARGETS, TensorRTInt4
 from gplq_export.trace import INPUT
 

@@ -31,9 +31,8 @@ from gplq_export.parity import (
     CodeCount,
     ParityReport,
     compare,
-    onnxruntime_reference,
 )
-from gplq_export.runtimes import onnxruntime_optimised
+from gplq_export.runtimes import onnxruntime_optimised, onnxruntime_reference
 from gplq_export.targets import Cpu, GraphWriter, Int4, Quantizer
 from gplq_export.trace import trace
 

@@ -11,13 +11,13 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from gplq_export.parity import reference_session
 from gplq_export.passes.agree_on_types import agree_on_types
 from gplq_export.passes.common import FP8_CODES, FP8_STEP, MARKED
 from gplq_export.passes.drop_idle_clips import drop_idle_clips
 from gplq_export.passes.fold_constants import fold_constants
 from gplq_export.passes.hoist_quantizers import hoist_quantizers
 from gplq_export.passes.saturate_before_clip import saturate_before_clip
+from gplq_export.runtimes import reference_session
 from gplq_export.targets import Pass
 
 HEADER = '<ir_version: 10, opset_import: ["": 21]> g (float[2, 6, 8] x) => (float[shape] y) '
