@@ -17,6 +17,7 @@ import numpy as np
 
 from gplq.errors import BuildError, GplqError, MissingError, UsageError
 from gplq.files import sha256
+from gplq_export.runtimes import OPENVINO_OPTIONS, openvino_core
 
 _TORCH = {
     "torch": "PyTorch eager, the float model",
@@ -170,15 +171,15 @@ def _open_onnxruntime(contender: Contender, settings: Settings) -> Open:
 
 
 def _open_openvino(contender: Contender, settings: Settings) -> Open:
-    openvino = library("openvino", "pip install openvino")
+    core = openvino_core()
     options = {
-        "INFERENCE_PRECISION_HINT": "f32",  # its own choice would be BF16 on some processors
+        **OPENVINO_OPTIONS,
         "INFERENCE_NUM_THREADS": settings.threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
     }
     with _failing_as_build_error(contender):
-        request = openvino.Core().compile_model(str(contender.path), "CPU", options).create_infer_request()
+        request = core.compile_model(str(contender.path), "CPU", options).create_infer_request()
 
     def open_batch(batch: int) -> Call:
         images = _images(batch, settings)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from gplq.errors import PrecisionError
 from gplq_export.passes.common import constant, source
-from gplq_export.runtimes import OPENVINO_OPTIONS, onnxruntime, openvino
+from gplq_export.runtimes import OPENVINO_OPTIONS, onnxruntime, openvino_core
 
 _MULTIPLIES = ("MatMul", "Gemm", "Conv", "MatMulIntegerToFloat")
 _INTEGER_OPERATORS = (
@@ -83,12 +83,12 @@ def openvino_kernels(path: Path) -> dict[str, Kernel]:
         MissingError: OpenVINO is not installed.
         PrecisionError: OpenVINO cannot compile the file.
     """
-    package = openvino()
+    core = openvino_core()
     try:
-        compiled = package.Core().compile_model(path, "CPU", OPENVINO_OPTIONS)
+        compiled = core.compile_model(path, "CPU", OPENVINO_OPTIONS)
     except RuntimeError as error:
         reason = next((line for line in str(error).splitlines() if not line.startswith("Exception from")), "")
-        raise PrecisionError(f"OpenVINO {package.__version__} cannot compile {path.name}: {reason}") from error
+        raise PrecisionError(f"OpenVINO cannot compile {path.name}: {reason}") from error
     primitives: dict[str, str] = {}
     for operation in compiled.get_runtime_model().get_ordered_ops():
         layer, primitive, names = _described(operation)

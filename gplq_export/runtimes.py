@@ -1,5 +1,6 @@
 """Where ONNX files run on a CPU: a serialised model -> a function from arrays by input name to its outputs in order."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, Literal
@@ -27,13 +28,17 @@ def onnxruntime() -> Any:
     )
 
 
-def openvino() -> Any:
-    """The package.
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's ``Core``, one for the life of the process.
+
+    When the last one goes, the CPU plug-in is unloaded, but not the handlers that it has told the system to call on a
+    fork: the next data loader with processes would crash.
 
     Raises:
-        MissingError: it is not installed.
+        MissingError: OpenVINO is not installed.
     """
-    return _package("openvino", "OpenVINO is not installed: pip install 'gplq[openvino]'.")
+    return _package("openvino", "OpenVINO is not installed: pip install 'gplq[openvino]'.").Core()
 
 
 def _package(name: str, otherwise: str) -> Any:
@@ -79,13 +84,12 @@ def openvino_optimised(model: bytes) -> Run:
     Raises:
         MissingError: OpenVINO is not installed.
     """
-    package = openvino()
+    core = openvino_core()
     compiled: Any = None
 
     def run(feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         nonlocal compiled
         if compiled is None:
-            core = package.Core()
             compiled = core.compile_model(core.read_model(_with_shapes(model, feeds)), "CPU", OPENVINO_OPTIONS)
         answers = compiled(feeds)
         return [np.array(answers[output]) for output in compiled.outputs]

@@ -16,6 +16,7 @@ from gplq_export.passes.keep_reduced_axes import keep_reduced_axes
 from gplq_export.passes.select_before_norm import select_before_norm
 from gplq_export.passes.transpose_keys_last import transpose_keys_last
 from gplq_export.passes.unflatten_batch_norm import unflatten_batch_norm
+from gplq_export.runtimes import openvino_core
 
 RANDOM = np.random.default_rng(0)
 CODES = RANDOM.integers(-8, 8, (6, 5)).astype(np.int8)
@@ -226,11 +227,11 @@ def keys(low: str, perm: str = "0,2,3,1") -> ir.Model:
 
 
 def test_keys_are_transposed_behind_their_quantiser() -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
 
     def run_openvino(model: ir.Model, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        network = openvino.Core().read_model(ir.to_proto(model).SerializeToString())
-        result: NDArray[np.float32] = openvino.compile_model(network, "CPU")(x)[0]
+        network = openvino_core().read_model(ir.to_proto(model).SerializeToString())
+        result: NDArray[np.float32] = openvino_core().compile_model(network, "CPU")(x)[0]
         return result
 
     x = np.random.default_rng(1).standard_normal((2, 3, 4, 5)).astype(np.float32)
