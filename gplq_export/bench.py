@@ -39,10 +39,10 @@ from gplq_export.contenders import (
     baseline_of,
     find_contenders,
     input_shape,
-    library,
     open_contender,
     peak_memory,
 )
+from gplq_export.runtimes import package
 
 SCHEMA_VERSION = "1.0"
 NOISE = 0.03  # a smaller difference is none, however small the spread
@@ -397,7 +397,7 @@ def _check_plot(path: Path) -> None:
     """Before anything is measured."""
     if path.suffix not in (".svg", ".png"):
         raise UsageError(f"--plot {path}: the name must end in .svg or .png.")
-    library("matplotlib", "pip install 'gplq[report]'")
+    package("matplotlib", "matplotlib is not installed: pip install 'gplq[report]'")
 
 
 def _names(text: str) -> tuple[str, ...]:

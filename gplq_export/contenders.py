@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from gplq.errors import BuildError, GplqError, MissingError, UsageError
+from gplq.errors import BuildError, GplqError, UsageError
 from gplq.files import sha256
-from gplq_export.runtimes import OPENVINO_OPTIONS, openvino_core
+from gplq_export.runtimes import OPENVINO_OPTIONS, onnxruntime, openvino_core
 
 _TORCH = {
     "torch": "PyTorch eager, the float model",
@@ -150,17 +150,17 @@ def _images(batch: int, settings: Settings) -> np.ndarray:
 
 
 def _open_onnxruntime(contender: Contender, settings: Settings) -> Open:
-    onnxruntime = library("onnxruntime", "pip install 'gplq[cpu]'")
-    options = onnxruntime.SessionOptions()
+    ort = onnxruntime()
+    options = ort.SessionOptions()
     options.intra_op_num_threads = settings.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Threads that wait actively would take the time of whoever is timed next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if contender.name == "int4":
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     with _failing_as_build_error(contender):
-        session = onnxruntime.InferenceSession(str(contender.path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(contender.path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
     def open_batch(batch: int) -> Call:
@@ -260,18 +260,6 @@ def _failing_as_build_error(contender: Contender) -> Iterator[None]:
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BuildError(f"{contender.path} does not run in {contender.runs}: {first_line}") from error
-
-
-def library(name: str, install: str) -> Any:
-    """An optional package.
-
-    Raises:
-        MissingError: it is not installed; says how to.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingError(f"{name} is not installed: {install}") from error
 
 
 def peak_memory(contender: Contender, batch: int, settings: Settings) -> int | None:

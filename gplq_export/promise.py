@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from gplq.errors import BuildError
 from gplq_export import qdq
+from gplq_export.lint_rules import MHA_HEAD_DIMS, MHA_TOKENS
 from gplq_export.passes.common import constant
 from gplq_export.precision import ANY, Attention, Multiplication, Promise
 from gplq_export.qdq import LAYOUT, Linear, QdqGraph, code_type, is_op, is_quantize
@@ -28,8 +29,8 @@ _NAMES = {
     ir.DataType.BFLOAT16: "BF16",
     ir.DataType.FLOAT: "FP32",
 }
-_HEADS = {"INT8": (16, 32, 64), "FP8": range(16, 257), "FP16": range(16, 257)}
-_TOKENS = {"INT8": range(2, 513), "FP8": range(32, 2049), "FP16": range(2, 2049)}
+_HEADS = {"INT8": MHA_HEAD_DIMS, "FP8": range(16, 257), "FP16": range(16, 257)}
+_TOKENS = {"INT8": range(2, MHA_TOKENS + 1), "FP8": range(32, 2049), "FP16": range(2, 2049)}
 
 
 def promise(model: ir.Model, target: Target, linears: Sequence[str]) -> Promise:

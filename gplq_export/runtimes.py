@@ -21,7 +21,7 @@ def onnxruntime() -> Any:
     Raises:
         MissingError: it is not installed.
     """
-    return _package(
+    return package(
         "onnxruntime",
         "ONNX Runtime is not installed: pip install 'gplq[cpu]', or 'gplq[gpu]' on a machine with an NVIDIA GPU; "
         "never both, they share a folder.",
@@ -38,10 +38,15 @@ def openvino_core() -> Any:
     Raises:
         MissingError: OpenVINO is not installed.
     """
-    return _package("openvino", "OpenVINO is not installed: pip install 'gplq[openvino]'.").Core()
+    return package("openvino", "OpenVINO is not installed: pip install 'gplq[openvino]'.").Core()
 
 
-def _package(name: str, otherwise: str) -> Any:
+def package(name: str, otherwise: str) -> Any:
+    """An optional package.
+
+    Raises:
+        MissingError: it is not installed; ``otherwise`` says how to.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -54,11 +59,11 @@ def onnxruntime_session(model: bytes | str, level: Literal["DISABLE_ALL", "ENABL
     Raises:
         MissingError: ONNX Runtime is not installed.
     """
-    package = onnxruntime()
-    options = package.SessionOptions()
-    options.graph_optimization_level = getattr(package.GraphOptimizationLevel, f"ORT_{level}")
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level}")
     options.log_severity_level = 3
-    return package.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def reference_session(model: bytes | str) -> Any:
