@@ -54,7 +54,7 @@ class Checkpoint:
     Attributes:
         model: frozen, in evaluation mode; images [B, C, H, W] -> logits [B, classes], features [B, D] or a list of
             feature maps, as ``spec`` says.
-        sha256: of the file that it was read from; empty before it is saved.
+        sha256: of the file that it was read from; empty before it is saved. ``path``: of that file.
     """
 
     model: nn.Module
@@ -64,6 +64,7 @@ class Checkpoint:
     recipe: Recipe
     provenance: dict[str, Any]
     sha256: str = ""
+    path: Path | None = None
 
 
 def frozen_quantizers(model: nn.Module) -> dict[str, FrozenQuantizer]:
@@ -275,7 +276,7 @@ def _rebuild(content: dict[str, Any], path: Path) -> Checkpoint:
     model.load_state_dict(floats, strict=False)
     label_names = content["label_names"]
     preprocessing = Preprocessing.from_dict(content["preprocessing"])
-    return Checkpoint(model.eval(), spec, preprocessing, label_names, recipe, content["provenance"], sha256(path))
+    return Checkpoint(model.eval(), spec, preprocessing, label_names, recipe, content["provenance"], sha256(path), path)
 
 
 def _inside(compensated: list[str]) -> tuple[str, ...]:

@@ -75,6 +75,7 @@ class Timing:
             "median_ms": round(median, 4),
             "p95_ms": round(p95, 4),
             "p99_ms": round(p99, 4),
+            "quantiles_ms": [round(float(value), 4) for value in np.percentile(calls, range(0, 101, 5))],
             "images_per_second": round(1000 * self.batch / median, 2),
             "repeat_medians_ms": [round(value, 4) for value in self.medians],
         }

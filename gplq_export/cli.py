@@ -13,6 +13,9 @@ from gplq_export.engine import BuilderOptions
 
 # Each is a module with add_arguments(parser) and run(arguments).
 COMMANDS = {
+    "check": ("gplq_export.check.command", "Check an export against PyTorch: codes, accuracy, latency; for CI."),
+    "report": ("gplq_export.reports.command", "Write the report of a check once more, in any format."),
+    "diff": ("gplq_export.reports.diff", "Say what changed between the reports of two checks."),
     "lint": ("gplq_export.lint", "Find in any ONNX file what engines refuse, slow down or compute differently."),
     "inspect": ("gplq_export.inspect", "Say what a checkpoint, ONNX file or engine holds."),
     "bench": ("gplq_export.bench", "Time the files of an export and PyTorch, interleaved, and give a verdict."),
@@ -41,7 +44,7 @@ def _command(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"gplq-export {name}",
         description=description,
-        epilog=EXIT_CODES,
+        epilog="\n\n".join([*getattr(module, "EPILOGS", []), EXIT_CODES]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)

@@ -12,7 +12,10 @@ from gplq.errors import MissingError
 
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 Runtime = Callable[[bytes], Run]
-OPENVINO_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32"}  # its own choice would be BF16 where the CPU has it
+OPENVINO_OPTIONS = {
+    "INFERENCE_PRECISION_HINT": "f32",  # its own choice would be BF16 where the CPU has it
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # nor may it round to 8 bits what the graph leaves in floating point
+}
 
 
 def onnxruntime() -> Any:

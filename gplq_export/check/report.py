@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 
 from gplq.errors import UsageError
 
@@ -22,6 +22,22 @@ Number = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"enum":
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _encodable(cls, value: Any) -> Any:
+        return _encodable(value)
+
+
+def _encodable(value: Any) -> Any:
+    """Names of files that are not UTF-8 come with lone surrogates, which no JSON file can hold: "?" instead."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list | tuple):
+        return [_encodable(each) for each in value]
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(each) for key, each in value.items()}
+    return value
 
 
 class Estimate(_Part):
@@ -42,9 +58,9 @@ class Closeness(_Part):
     n: int = Field(ge=0)
     agreement: Estimate | None = Field(description="images with the same label, in per cent; None without a classifier")
     cosine: Estimate = Field(description="of an image's outputs, mean")
-    cosine_p01: Number = Field(description="the cosine that 99 % of the images exceed")
+    cosine_p01: Estimate = Field(description="the cosine that 99 % of the images exceed; interval by order statistics")
     sqnr_db: Number | None = Field(description="signal over difference, in energy; None: no difference")
-    kl: Number | None = Field(description="divergence of the softmax, mean, in nats; None: no classifier")
+    kl: Estimate | None = Field(description="divergence of the softmax, mean, in nats; None: no classifier")
     max_difference: Number = Field(description="largest absolute difference of an output")
 
 
@@ -113,6 +129,7 @@ class Pair(_Part):
     flips: list[Flip] = Field(default_factory=list, description="images with another label, the first 200")
     layers: list[Layer] = Field(default_factory=list, description="free-running")
     forced: Forced | None = None
+    debug: str | None = Field(None, description="what marking inner tensors changed in a file that is optimised")
     scatter: list[tuple[Number, Number]] = Field(default_factory=list, description="some outputs: reference, candidate")
 
 

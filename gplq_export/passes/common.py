@@ -10,6 +10,15 @@ MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 FP8_STEP, FP8_CODES = 2.0**-9, 16
 MARKED = "gplq.marked"  # in Value.meta: a tensor that others look up by its name, so that it must stay what it is
 
+# Operators whose output is bounded whatever they are given.
+_RANGES = {
+    "Softmax": (0.0, 1.0),
+    "Sigmoid": (0.0, 1.0),
+    "Tanh": (-1.0, 1.0),
+    "Relu": (0.0, np.inf),
+    "Gelu": (-0.17, np.inf),
+}
+
 
 def only_reader(value: ir.Value) -> ir.Node | None:
     """The node that reads a value, if there is one only and nobody else wants the value."""
@@ -24,6 +33,16 @@ def source(value: ir.Value | None, through: tuple[str, ...] = MOVES) -> ir.Node 
     while node is not None and node.op_type in through:
         node = None if node.inputs[0] is None else node.inputs[0].producer()
     return node
+
+
+def reachable(value: ir.Value | None) -> tuple[float, float]:
+    """The lowest and the highest number that a tensor can hold, whatever the graph is given.
+
+    >>> reachable(None)
+    (-inf, inf)
+    """
+    node = source(value)
+    return _RANGES.get("" if node is None else node.op_type, (-np.inf, np.inf))
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:

@@ -3,10 +3,8 @@
 import numpy as np
 import onnx_ir as ir
 
-from gplq_export.passes.common import MARKED, constant, source
+from gplq_export.passes.common import MARKED, constant, reachable
 
-# Operators whose output is bounded whatever they are given.
-_RANGES = {"Softmax": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
 _LIMITS = {
     ir.DataType.INT8: (-128, 127),
     ir.DataType.UINT8: (0, 255),
@@ -39,8 +37,7 @@ def _is_idle(clip: ir.Node) -> bool:
     bounds = [constant(value) for value in clip.inputs[1:]]
     if output.is_graph_output() or MARKED in output.meta or not readers or len(bounds) != 2:
         return False
-    before = source(clip.inputs[0])
-    lowest, highest = _RANGES.get(before.op_type if before else "", (-np.inf, np.inf))
+    lowest, highest = reachable(clip.inputs[0])
     for reader in readers:
         scale = constant(reader.inputs[1]) if reader.op_type == "QuantizeLinear" else None
         zero_point = reader.inputs[2] if len(reader.inputs) > 2 else None

@@ -5,14 +5,13 @@ import numpy as np
 import onnx_ir as ir
 
 from gplq.grid import code_limits
+from gplq_export.passes.common import reachable
 from gplq_export.passes.fold_layer_scale import fold_layer_scale
 from gplq_export.passes.integer_matmuls import integer_matmuls
 from gplq_export.passes.select_before_norm import select_before_norm
 from gplq_export.targets.base import GraphWriter, Quantizer, Target, Weight, codes_name, prepared
 
 _TOP = 255
-# The lowest value that an operator computes, whatever it is given.
-_LOWEST = {"Softmax": 0.0, "Sigmoid": 0.0, "Relu": 0.0, "Gelu": -0.17}
 
 
 class Cpu(Target):
@@ -74,10 +73,8 @@ def _uint8(writer: GraphWriter, value: int) -> ir.Value:
 
 def _reaches_below(quantizer: Quantizer, low: int) -> bool:
     """Whether a value may come whose code is lower than ``low``."""
-    node = quantizer.x.producer()
-    if node is None or node.op_type not in _LOWEST:
-        return True
+    lowest, _ = reachable(quantizer.x)
     shift = 0.0 if quantizer.pre_shift is None else float(quantizer.pre_shift)
     factor = 1.0 if quantizer.pre_scale is None else float(quantizer.pre_scale.max())
-    code = (_LOWEST[node.op_type] + shift) * factor / float(quantizer.scale)
+    code = (lowest + shift) * factor / float(quantizer.scale)
     return code <= low - 0.49  # rounds to low, however it is computed

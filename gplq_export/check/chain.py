@@ -1,0 +1,699 @@
+"""The chain: every pair from the float model in PyTorch to what is served, on the same preprocessed tensors.
+
+=================  ==================================  =================================================
+pair               reference                           candidate
+=================  ==================================  =================================================
+float              the float model, PyTorch            the checkpoint, PyTorch
+rounding           the checkpoint, quantisers off      the checkpoint
+twin-fp32          the checkpoint, quantisers off      model.fp32.onnx, ONNX Runtime
+twin-fp16          the same                            model.fp16.onnx, ONNX Runtime
+fp16.plan          the same                            model.fp16.plan, TensorRT
+int4               the checkpoint                      model.int4.onnx, ONNX Runtime without optimisation
+int4-optimised     that                                model.int4.onnx, ONNX Runtime with all optimisation
+cpu, openvino      the checkpoint                      the deployment file, in its runtime
+trt-int4.plan ...  the checkpoint                      the engine, TensorRT
+served             the checkpoint                      a model on a Triton Inference Server
+=================  ==================================  =================================================
+
+The checkpoint's own twins come first: an engine that is wrong without any quantisation is not blamed on it. What cannot
+run here is skipped with the reason, never passed.
+"""
+
+import base64
+import hashlib
+import io
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from gplq import __version__, golden
+from gplq.checkpoint import Checkpoint, frozen_quantizers
+from gplq.convert import units
+from gplq.data import ImageSet, batches
+from gplq.errors import GplqError, MissingError
+from gplq.files import sha256
+from gplq.models import FloatModel
+from gplq.provenance import environment
+from gplq_export.check.capture import AnotherSummationOrder, HalfPrecision
+from gplq_export.check.forced import compare_forced
+from gplq_export.check.free import Comparison, Member, Seen, StateFile, array_member, compare, stream, torch_member
+from gplq_export.check.gates import Judge, Thresholds, read_thresholds
+from gplq_export.check.graph import Part, find_taps
+from gplq_export.check.report import Closeness, Data, Estimate, Flip, Layer, Pair, Report
+from gplq_export.check.subject import Files, describe, judge_files
+from gplq_export.lowering import lower
+from gplq_export.onnx_file import read_onnx
+from gplq_export.overflow import probe
+from gplq_export.runner import Runner
+from gplq_export.runtimes import (
+    Run,
+    Runtime,
+    onnxruntime_optimised,
+    onnxruntime_reference,
+    openvino_optimised,
+)
+from gplq_export.targets import TARGETS
+from gplq_export.trace import INPUT, trace
+
+Images = ImageSet | Sequence[Tensor]
+Say = Callable[[str], None]
+_ORT, _OPTIMISED = "ONNX Runtime without optimisation", "ONNX Runtime with all optimisation"
+_CHECKPOINT, _OFF = "the checkpoint in PyTorch", "the checkpoint in PyTorch, quantisers off"
+_FLIPS, _PICTURES, _THUMBNAIL = 200, 24, 48
+
+
+@dataclass(frozen=True)
+class Back:
+    """A back end for quantised files on CPUs. ``ties``: see :func:`compare_forced`."""
+
+    runtime: Runtime
+    words: str
+    ties: bool = False
+
+
+DEPLOYMENTS = {
+    "cpu": Back(onnxruntime_optimised, _OPTIMISED),
+    "openvino": Back(openvino_optimised, "OpenVINO on the CPU", ties=True),
+}
+_TWINS: dict[str, type[AnotherSummationOrder | HalfPrecision]] = {"fp32": AnotherSummationOrder, "fp16": HalfPrecision}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to check.
+
+    Attributes:
+        forced_images: so many images for what is teacher-forced, for the twins and for the layers of optimised files;
+            everything else takes all.
+        batch_size: images at once.
+        expected_top1: of the float model, in per cent; None: what was measured when the checkpoint was made.
+        float_model: the original; without it the pair "float" is skipped.
+        served: (name, function) of a served model.
+        state: where to keep what was counted, to go on after an interruption; None: nowhere.
+        trust_engine: also run plans that no manifest vouches for.
+        random: the images are random numbers; accuracy and golden outputs mean nothing.
+    """
+
+    forced_images: int = 256
+    batch_size: int = 32
+    thresholds: Thresholds = field(default_factory=read_thresholds)
+    expected_top1: float | None = None
+    float_model: FloatModel | None = None
+    served: tuple[str, Run] | None = None
+    state: Path | None = None
+    trust_engine: bool = False
+    random: bool = False
+
+
+def check(
+    checkpoint: Checkpoint, files: Files, images: Images, settings: Settings | None = None, *, say: Say = print
+) -> Report:
+    """Check files against their checkpoint on images.
+
+    Args:
+        checkpoint: what the files were made from, on the CPU.
+        files: of an export, or some of them.
+        images: with labels or without (all of them -1); or batches [B, C, H, W], just as the model gets them.
+        settings: how.
+        say: where progress messages go.
+
+    Raises:
+        MissingError: ONNX Runtime is not installed.
+        UsageError: the state cannot be written.
+    """
+    started = time.monotonic()
+    chain = _Chain(checkpoint, files, _Source(images), settings or Settings(), say)
+    pairs = chain.run()
+    env = environment()
+    return Report(
+        tool_version=__version__,
+        created_utc=env["created_utc"],
+        command=env["command"],
+        seconds=round(time.monotonic() - started, 1),
+        python=env["python"],
+        platform=env["platform"],
+        versions=env["versions"],
+        subject=describe(files, checkpoint),
+        data=chain.data(),
+        thresholds_version=chain.settings.thresholds.version,
+        gates=chain.judge.gates,
+        pairs=pairs,
+    )
+
+
+class _Source:
+    """Images as the chain wants them: batches from anywhere on, a few of them, and what to call each."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+        self.count = len(images) if isinstance(images, ImageSet) else sum(map(len, images))
+
+    def few(self, count: int) -> "_Source":
+        """At least so many of them, if there are."""
+        if isinstance(self.images, ImageSet):
+            return _Source(self.images.head(count))
+        sizes = itertools.accumulate(map(len, self.images))
+        return _Source(self.images[: sum(size < count for size in sizes) + 1])
+
+    def batches(self, size: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels from number ``start`` on; the label is -1 where there is none."""
+        if isinstance(self.images, ImageSet):
+            yield from batches(self.images, size, range(start, self.count))
+            return
+        for inputs in self.images:
+            rest = inputs[start:]
+            start = max(start - len(inputs), 0)
+            for part in rest.split(size) if len(rest) else ():
+                yield part, torch.full([len(part)], -1)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every image has a label."""
+        return isinstance(self.images, ImageSet) and min(self.images.labels) >= 0
+
+    def name(self, index: int) -> str:
+        """What to call an image."""
+        if isinstance(self.images, ImageSet):
+            return self.images.pictures.name(self.images.rows[index])
+        return f"image {index}"
+
+    def picture(self, index: int) -> str | None:
+        """A thumbnail, PNG in base64."""
+        if not isinstance(self.images, ImageSet):
+            return None
+        with self.images.pictures.open(self.images.rows[index]) as image:
+            small = image.convert("RGB")
+            small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            buffer = io.BytesIO()
+            small.save(buffer, "PNG")
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    def fingerprint(self) -> str:
+        """Identifies the images."""
+        if isinstance(self.images, ImageSet):
+            return self.images.fingerprint
+        digest = hashlib.sha256()
+        for inputs in self.images:
+            digest.update(np.ascontiguousarray(inputs.numpy()).tobytes())
+        return digest.hexdigest()
+
+
+class _Chain:
+    """One check: members, comparisons, pairs and gates."""
+
+    def __init__(self, checkpoint: Checkpoint, files: Files, source: _Source, settings: Settings, say: Say) -> None:
+        self.checkpoint, self.files, self.source, self.settings, self.say = checkpoint, files, source, settings, say
+        self.few = source.few(settings.forced_images)
+        self.judge = Judge(settings.thresholds)
+        self.classifies = checkpoint.spec.num_classes > 0
+        self.quantizers = list(frozen_quantizers(checkpoint.model))
+        self.pairs: list[Pair] = []
+        self.on_all: dict[str, Comparison] = {}
+        self.on_few: dict[str, Comparison] = {}
+        self.members: dict[str, Member] = {
+            "torch": torch_member(checkpoint.model),
+            "torch-order": torch_member(checkpoint.model, AnotherSummationOrder),
+            "torch-half": torch_member(checkpoint.model, HalfPrecision),
+            "off": torch_member(checkpoint.model, rounding=False),
+            "off-order": torch_member(checkpoint.model, AnotherSummationOrder, rounding=False),
+            "off-half": torch_member(checkpoint.model, HalfPrecision, rounding=False),
+        }
+
+    def run(self) -> list[Pair]:
+        """Everything, in order."""
+        judge_files(self.files, self.checkpoint, self.judge, trust_engine=self.settings.trust_engine)
+        self._plan()
+        self._stream()
+        self._judge_data()
+        self._float()
+        self._rounding()
+        for kind in _TWINS:
+            self._twin(kind)
+        self._plans(twin=True)
+        self._judge_range()
+        self._int4()
+        for kind in DEPLOYMENTS:
+            self._deployment(kind)
+        self._plans(twin=False)
+        self._served()
+        if self.state is not None:
+            self.state.remove()
+        return self.pairs
+
+    # What is to be run: members that can, and comparisons of them.
+
+    def _plan(self) -> None:
+        files, few, on_all = self.files, self.on_few, self.on_all
+        self.skipped: dict[str, str] = {}
+        few["rounding"] = self._compare("off", "torch", units=[name for name, _ in units(self.checkpoint.model)])
+        if self.settings.float_model is not None:
+            self.members["float"] = _module_member(self.settings.float_model.model)
+            on_all["float"] = self._compare("float", "torch")
+        for kind in _TWINS:
+            if kind in files.paths and self._member(kind, partial(self._whole, kind, onnxruntime_optimised)):
+                few[f"twin-{kind}"] = self._compare("off", kind)
+        if "int4" in files.paths and self._member("int4", self._reference):
+            on_all["int4"] = self._compare("torch", "int4", codes=self.quantizers)
+            if self._member("int4-optimised", partial(self._whole, "int4", onnxruntime_optimised)):
+                on_all["int4-optimised"] = self._compare("int4", "int4-optimised")
+        for kind, back in DEPLOYMENTS.items():
+            if kind not in files.paths:
+                continue
+            if self._member(kind, partial(self._whole, kind, back.runtime)):
+                on_all[kind] = self._compare("torch", kind)
+                self.members[f"{kind}-marked"] = self._marked(kind, back.runtime)
+                few[f"{kind}-marked"] = self._compare("torch", f"{kind}-marked", codes=self.quantizers)
+                few[f"{kind}-debug"] = self._compare(f"{kind}-marked", kind)
+        for kind in [kind for kind in files.paths if kind.endswith(".plan")]:
+            if self._member(kind, partial(_engine_member, files.paths[kind], self.settings.trust_engine)):
+                target = few if kind == "fp16.plan" else on_all
+                target[kind] = self._compare("off" if kind == "fp16.plan" else "torch", kind)
+        if self.settings.served is not None:
+            self.members["served"] = array_member(self.settings.served[1], INPUT)
+            on_all["served"] = self._compare("torch", "served")
+        self._plan_floors()
+
+    def _plan_floors(self) -> None:
+        """The reference against itself, where something is compared with it."""
+        few, on_all = self.on_few, self.on_all
+        if any(each.reference == "off" and name != "rounding" for name, each in few.items()):
+            few["floor-off-order"] = self._compare("off", "off-order")
+            few["floor-off-half"] = self._compare("off", "off-half")
+        if any(name.endswith("-marked") for name in few):
+            few["floor-order"] = self._compare("torch", "torch-order", codes=self.quantizers)
+        if any(each.reference in ("torch", "int4") and name != "float" for name, each in on_all.items()):
+            on_all["floor-order"] = self._compare("torch", "torch-order", codes=self.quantizers)
+        if any(kind.endswith(".plan") for kind in on_all):
+            on_all["floor-half"] = self._compare("torch", "torch-half")
+
+    def _compare(self, reference: str, candidate: str, **layers: Iterable[str]) -> Comparison:
+        return compare(reference, candidate, classifies=self.classifies, **layers)
+
+    def _member(self, kind: str, make: Callable[[], Member]) -> bool:
+        """Add a member, if it can run here."""
+        file = kind.removesuffix("-optimised")
+        if file in self.files.broken and file.endswith(".plan"):
+            self.skipped[kind] = self.files.broken[file]
+            return False
+        try:
+            self.members[kind] = make()
+        except GplqError as error:
+            self.skipped[kind] = str(error)
+            return False
+        return True
+
+    def _graph(self, kind: str) -> ir.Model:
+        return read_onnx(self.files.paths[kind])
+
+    def _whole(self, kind: str, runtime: Runtime) -> Member:
+        """A file as it will run."""
+        return array_member(runtime(self.files.paths[kind].read_bytes()), INPUT)
+
+    def _reference(self) -> Member:
+        """The INT4 file with its codes as outputs; as nothing is optimised, that changes nothing."""
+        return self._marked("int4", onnxruntime_reference)
+
+    def _marked(self, kind: str, runtime: Runtime) -> Member:
+        """A file with its codes as further outputs."""
+        graph = self._graph(kind)
+        taps = find_taps(graph, frozen_quantizers(self.checkpoint.model))
+        outputs = [str(value.name) for value in graph.graph.outputs]
+        part = Part(graph, [INPUT], [*outputs, *(tap.tensor for tap in taps.values())], runtime)
+
+        def run(inputs: Tensor) -> Seen:
+            answers = part.run({INPUT: inputs.numpy()})
+            codes = {name: tap.codes(answers) for name, tap in taps.items()}
+            return Seen([torch.from_numpy(answers[name]) for name in outputs], codes)
+
+        return run
+
+    # Running it.
+
+    @cached_property
+    def state(self) -> StateFile | None:
+        """Where the stream over all images is written down."""
+        if self.settings.state is None:
+            return None
+        identity = {
+            "checkpoint": self.checkpoint.sha256,
+            "files": {kind: path.stat().st_size for kind, path in self.files.paths.items()},
+            "hashes": [gate.sentence for gate in self.judge.gates],
+            "images": [self.source.fingerprint(), self.source.count],
+            "comparisons": sorted(self.on_all),
+            "versions": environment()["versions"],
+        }
+        fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return StateFile(self.settings.state, fingerprint, self.say)
+
+    def _stream(self) -> None:
+        size = self.settings.batch_size
+        stream(
+            self.members,
+            self.on_few,
+            lambda start: self.few.batches(size, start),
+            self.few.count,
+            "twins and layers",
+        )
+        if self.on_all:
+            what = f"the chain, {len(self.on_all)} comparisons"
+            whole = self.source
+            stream(self.members, self.on_all, lambda start: whole.batches(size, start), whole.count, what, self.state)
+        self.members.clear()  # sessions and engines: what follows needs the memory
+
+    # Pairs and their gates.
+
+    def _pair(
+        self, name: str, comparison: str, reference: str, candidate: str, file: str | None, floor: str | None = None,
+        floor_is: str | None = None, layers: list[Layer] | None = None, **more: Any,
+    ) -> Pair | None:  # fmt: skip
+        """A pair that was compared; one that was skipped is noted, and None returned."""
+        found = self.on_all.get(comparison) or self.on_few.get(comparison)
+        base = {"name": name, "reference": reference, "candidate": candidate, "file": file}
+        if found is None:
+            reason = self.skipped.get(comparison, "not part of this export")
+            self.pairs.append(Pair(**base, skipped=reason))
+            self.judge.skip(name, "compared", reason)
+            return None
+        outputs = found.outputs
+        label, reference_said, candidate_said = (outputs.column(c) for c in ("label", "reference", "candidate"))
+        wrong, right = reference_said != label, candidate_said == label
+        labelled = self.source.labelled and self.classifies
+        source = self.source if comparison in self.on_all else self.few
+        pair = Pair(
+            **base,
+            skipped=None,
+            found=outputs.closeness(),
+            floor=None if floor is None else self._closeness(floor),
+            floor_is=floor_is,
+            reference_top=outputs.top("reference", self.checkpoint.spec.num_classes),
+            candidate_top=outputs.top("candidate", self.checkpoint.spec.num_classes),
+            lost=int((~wrong & ~right).sum()) if labelled else 0,
+            won=int((wrong & right).sum()) if labelled else 0,
+            flips=self._flips(source, label, reference_said, candidate_said),
+            layers=layers or [],
+            scatter=[(float(a), float(b)) for a, b in np.concatenate(outputs.scatter)],
+            **more,
+        )
+        self.pairs.append(pair)
+        return pair
+
+    def _closeness(self, floor: str) -> Closeness:
+        return (self.on_all.get(floor) or self.on_few[floor]).outputs.closeness()
+
+    def _flips(self, source: _Source, label: np.ndarray, reference: np.ndarray, candidate: np.ndarray) -> list[Flip]:
+        if not self.classifies:
+            return []
+        names = self.checkpoint.label_names
+
+        def word(number: int) -> str:
+            return names[number] if names is not None and number < len(names) else str(number)
+
+        return [
+            Flip(
+                image=source.name(index),
+                label=word(int(label[index])) if label[index] >= 0 else None,
+                reference=word(int(reference[index])),
+                candidate=word(int(candidate[index])),
+                picture=source.picture(index) if number < _PICTURES else None,
+            )
+            for number, index in enumerate(np.flatnonzero(reference != candidate)[:_FLIPS].tolist())
+        ]
+
+    def _float(self) -> None:
+        self.skipped.setdefault("float", "the float model was not found: name it with --float")
+        model = self.settings.float_model
+        pair = self._pair("float", "float", f"the float model {model.source if model else ''}", _CHECKPOINT, None)
+        if pair is not None:
+            self.judge.free(pair)
+            self.judge.accuracy(pair, "top1_drop")
+
+    def _rounding(self) -> None:
+        layers = self.on_few["rounding"].units.layers()
+        pair = self._pair("rounding", "rounding", _OFF, _CHECKPOINT, None, layers=layers)
+        assert pair is not None
+        self.judge.free(pair.model_copy(update={"layers": []}))
+
+    def _twin(self, kind: str) -> None:
+        if kind not in self.files.paths:
+            return
+        name, mode = f"twin-{kind}", _TWINS[kind]
+        floor = "floor-off-order" if kind == "fp32" else "floor-off-half"
+        self.skipped.setdefault(name, self.skipped.get(kind, ""))
+        floor_is = f"{mode.words}, quantisers off"
+        file = self.files.paths[kind].name
+        pair = self._pair(name, name, _OFF, f"{file}, {_OPTIMISED}", file, floor, floor_is)
+        if pair is not None:
+            self.judge.free(pair)
+
+    def _int4(self) -> None:
+        if "int4" not in self.files.paths:
+            return
+        words, file = AnotherSummationOrder.words, self.files.paths["int4"].name
+        layers, forced = None, None
+        if "int4" in self.on_all:
+            layers = self._layers(self.on_all["int4"], self.on_all["floor-order"])
+            forced = self._forced("int4", Back(onnxruntime_reference, _ORT))
+        pair = self._pair(
+            "int4", "int4", _CHECKPOINT, f"{file}, {_ORT}", file, "floor-order", words, layers, forced=forced
+        )
+        if pair is None:
+            return
+        assert pair.forced is not None
+        self.judge.forced(pair, pair.forced)
+        self.judge.free(pair)
+        self.judge.accuracy(pair, "back_end_drop")
+        optimised = self._pair(
+            "int4-optimised", "int4-optimised", f"{file}, {_ORT}", f"{file}, {_OPTIMISED}", file, "floor-order", words
+        )
+        if optimised is not None:
+            self.judge.free(optimised)
+
+    def _deployment(self, kind: str) -> None:
+        if kind not in self.files.paths:
+            return
+        back, file = DEPLOYMENTS[kind], self.files.paths[kind].name
+        layers, forced, debug = None, None, None
+        if kind in self.on_all:
+            layers = self._layers(self.on_few[f"{kind}-marked"], self.on_few["floor-order"])
+            forced = self._forced(kind, back)
+            debug = _debug(self.on_few[f"{kind}-debug"])
+        pair = self._pair(
+            kind,
+            kind,
+            _CHECKPOINT,
+            f"{file}, {back.words}",
+            file,
+            "floor-order",
+            AnotherSummationOrder.words,
+            layers,
+            forced=forced,
+            debug=debug,
+        )
+        if pair is not None:
+            assert pair.forced is not None
+            self.judge.forced(pair, pair.forced)
+            self.judge.free(pair)
+            self.judge.accuracy(pair, "back_end_drop")
+
+    def _plans(self, *, twin: bool) -> None:
+        for kind in [kind for kind in self.files.paths if kind.endswith(".plan") and (kind == "fp16.plan") == twin]:
+            file = self.files.paths[kind].name
+            floor = "floor-off-half" if twin else "floor-half"
+            floor_is = HalfPrecision.words + (", quantisers off" if twin else "")
+            pair = self._pair(kind, kind, _OFF if twin else _CHECKPOINT, f"{file}, TensorRT", file, floor, floor_is)
+            if pair is not None:
+                self.judge.free(pair)
+                if not twin:
+                    self.judge.accuracy(pair, "back_end_drop")
+
+    def _served(self) -> None:
+        if self.settings.served is None:
+            return
+        name, words = self.settings.served[0], AnotherSummationOrder.words
+        pair = self._pair("served", "served", _CHECKPOINT, name, None, "floor-order", words)
+        if pair is not None:
+            self.judge.free(pair)
+            self.judge.accuracy(pair, "back_end_drop")
+
+    def _forced(self, kind: str, back: Back) -> Any:
+        return compare_forced(
+            self.checkpoint.model,
+            self._graph(kind),
+            (inputs for inputs, _ in self.few.batches(self.settings.batch_size)),
+            self.few.count,
+            self.files.paths[kind].name,
+            block_limit=self.settings.thresholds["forced_blocks"],
+            runtime=back.runtime,
+            ties=back.ties,
+        )
+
+    def _layers(self, found: Comparison, floor: Comparison) -> list[Layer]:
+        def layer(name: str) -> Layer:
+            share, band = found.codes.share(name), floor.codes.share(name)
+            return found.codes.layer(name, "quantizer", band, self.judge.inside(share, band))
+
+        return [layer(name) for name in self.quantizers]
+
+    # The images, and the range of FP16.
+
+    def data(self) -> Data:
+        """What was fed, for the report."""
+        images = self.source.images
+        return Data(
+            source="random numbers" if self.settings.random else images.source if isinstance(images, ImageSet) else "",
+            sha256=self.source.fingerprint(),
+            images=self.source.count,
+            labels=self.source.labelled,
+            random=self.settings.random,
+            transform=self.checkpoint.preprocessing.steps() if isinstance(images, ImageSet) else [],
+        )
+
+    def _judge_data(self) -> None:
+        images, provenance = self.source.images, self.checkpoint.provenance
+        if not isinstance(images, ImageSet):
+            self.judge.skip("data", "golden", "tensors were given, not images")
+            return
+        moved = golden.difference(provenance.get("golden"), self.checkpoint.model, images)
+        if isinstance(moved, str):
+            self.judge.skip("data", "golden", moved)
+        else:
+            same = moved <= self.settings.thresholds["golden"]
+            self.judge.add(
+                "data",
+                "golden",
+                same,
+                f"the network without rounding differs by {moved:.1e} from what it said when the checkpoint was made"
+                + (
+                    "."
+                    if same
+                    else ": the images, or how they are prepared (size, crop, interpolation, mean, deviation), "
+                    "are not the same."
+                ),
+                "golden",
+                found=moved,
+                unit="relative",
+                n=8,
+            )
+        self._judge_baseline(provenance)
+
+    def _judge_baseline(self, provenance: dict[str, Any]) -> None:
+        """Accuracy in PyTorch against what is known of the weights: the images, their labels and their order."""
+        top = provenance.get("top1") if isinstance(provenance.get("top1"), dict) else {}
+        float_pair, ours = self.on_all.get("float"), self.on_all.get("int4")
+        measured, which = None, ""
+        expected: float | None = self.settings.expected_top1
+        classes = self.checkpoint.spec.num_classes
+        if float_pair is not None:
+            measured, which = float_pair.outputs.top("reference", classes), "the float model"
+            known = top.get("FP32") if isinstance(top, dict) else None
+        elif ours is not None:
+            measured, which = ours.outputs.top("reference", classes), "the checkpoint"
+            known = list(top.values())[-1] if isinstance(top, dict) and top else None
+            if expected is not None:
+                self.judge.skip("data", "top1", "--expect-top1 is of the float model, which is not here (--float)")
+                return
+        if measured is None:
+            self.judge.skip("data", "top1", "the images have no labels, or the model no classes")
+            return
+        if expected is None:
+            try:
+                expected = float(known["percent"])  # type: ignore[index]  # whatever it is, it may not have it
+            except (LookupError, TypeError, ValueError):
+                self.judge.skip("data", "top1", f"nothing says which accuracy to expect of {which} (--expect-top1)")
+                return
+        self._add_baseline(measured.top1, expected, which)
+
+    def _add_baseline(self, found: Estimate, expected: float, which: str) -> None:
+        limit = expected - self.settings.thresholds["expected_top1"]
+        enough, good = found.n >= self.settings.thresholds["enough_images"], found.high >= limit
+        self.judge.add(
+            "data",
+            "top1",
+            good if enough else "reported",
+            f"top-1 of {which} in PyTorch is {found.value:.2f} % [{found.low:.2f}, {found.high:.2f}], expected "
+            f"{expected:.2f} % (n = {found.n})"
+            + ("" if enough else ", too few images to judge")
+            + (
+                "."
+                if good or not enough
+                else ": the labels are in another order, or the images are others or prepared otherwise; if they are "
+                "meant to be, say what to expect with --expect-top1."
+            ),
+            "expected_top1",
+            found=found.value,
+            interval=(found.low, found.high),
+            limit=limit,
+            unit="%",
+            n=found.n,
+        )
+
+    def _judge_range(self) -> None:
+        """Whether what an FP16 file or engine computes fits into FP16."""
+        if not any(kind.startswith(("fp16", "trt-")) for kind in self.files.paths):
+            return
+        try:
+            found = probe(self._fp32(), [inputs for inputs, _ in self.few.batches(2)][:8])
+        except MissingError as error:
+            self.judge.skip("fp16", "range", str(error))
+            return
+        failures, worst = found.failures(), found.peaks[0]
+        self.judge.add(
+            "fp16",
+            "range",
+            not failures,
+            failures[0] if failures else f"{found.summary()}.",
+            "fp16_range",
+            layer=worst.tensor if failures else None,
+            found=worst.value,
+            unit="largest magnitude",
+            n=found.images,
+        )
+
+    def _fp32(self) -> ir.Model:
+        """What engines are built from, in FP32."""
+        engines = [kind for kind in self.files.paths if kind.startswith("trt-") and not kind.endswith(".plan")]
+        return lower(trace(self.checkpoint), TARGETS[engines[0] if engines else "fp16"](ir.DataType.FLOAT), {})
+
+
+def _debug(comparison: Comparison) -> str:
+    """What the build with marked tensors has to do with the one that is tested."""
+    closeness = comparison.outputs.closeness()
+    if closeness.max_difference == 0:
+        return f"marking tensors changed no output of {closeness.n} images"
+    return (
+        f"marking tensors changes what is merged, and outputs by up to {closeness.max_difference:.2g}: layers are of a "
+        "build of their own, outputs of the tested one"
+    )
+
+
+def _module_member(model: nn.Module) -> Member:
+    """Any network in PyTorch."""
+    return lambda inputs: Seen(tree_leaves(model(inputs)))
+
+
+def _engine_member(plan: Path, trust: bool) -> Member:
+    """A plan on the GPU, in batches as large as its largest profile."""
+    runner = Runner(plan, sha256=sha256(plan) if trust else None)
+    most = max(profile[2] for profile in runner.profiles)
+
+    def run(inputs: Tensor) -> Seen:
+        parts = [[_to_host(y) for y in runner(part.numpy()).values()] for part in inputs.split(most)]
+        return Seen([torch.cat(column) for column in zip(*parts, strict=True)])
+
+    return run
+
+
+def _to_host(array: Any) -> Tensor:
+    """A copy in main memory: the buffer is overwritten by the next call. Of PyTorch or of pycuda."""
+    return array.float().cpu().clone() if isinstance(array, Tensor) else torch.from_numpy(array.get()).float()
