@@ -13,11 +13,16 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 # TensorRT-RTX has wheels for Linux x86-64 (and Windows); elsewhere, and only there, setup goes on without it.
 PLATFORM = $(shell uname -s)-$(shell uname -m)
 RTX      = $(if $(filter Linux-x86_64,$(PLATFORM)),trt-rtx)
+# A genuine Triton server that needs no GPU, for the tests: unpacked beside $(VENV), never into it, with the NumPy 1 that
+# its Python back end wants.
+SERVER         := .tritonserver
+SERVER_VERSION := 0.7.0
+SERVER_STAMP   := $(SERVER)/.installed-$(SERVER_VERSION)
 # No progress bars where nobody watches them.
 QUIET := $(if $(CI),--progress-bar off)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check setup clean
+.PHONY: help demo test lint types check setup clean $(SERVER)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
@@ -28,7 +33,7 @@ help: ## list the targets
 demo: $(STAMP) ## quantise, export, build and check a small ViT on this machine
 	@$(BIN)/python scripts/demo.py $(ARGS)
 
-test: $(STAMP) ## run pytest
+test: $(STAMP) $(SERVER_STAMP) ## run pytest
 	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## run ruff: rules and formatting
@@ -59,10 +64,21 @@ ifneq ($(TORCH_INDEX),)
 endif
 	@echo "==> gplq and everything else, in the versions of constraints.txt"
 	@$(if $(RTX),,echo "    without TensorRT-RTX, which has no wheels for $(PLATFORM): engines will be reported as skipped")
-	@$(PIP) install $(QUIET) -e '.[cpu,openvino,$(RTX:%=%,)report,dev]' -c constraints.txt
+	@$(PIP) install $(QUIET) -e '.[cpu,openvino,$(RTX:%=%,)triton,report,dev]' -c constraints.txt
 	@touch $@
 	@echo "==> Ready."
 
+$(SERVER): $(SERVER_STAMP)
+
+# Where the wheel does not install, the tests that need it are skipped and say so; in CI that is a failure.
+$(SERVER_STAMP): | $(STAMP)
+	@rm -rf $(SERVER)
+	@echo "==> Triton server into $(SERVER), for the tests: 150 MB"
+	@mkdir -p $(SERVER)
+	@{ $(PIP) install $(QUIET) --no-deps --target $(SERVER) nvidia-pytriton==$(SERVER_VERSION) && \
+	  $(PIP) install $(QUIET) --no-deps --target $(SERVER)/packages numpy==1.26.4; } || [ -z "$(CI)" ]
+	@touch $@
+
 clean: ## remove the virtual environment and all caches
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(SERVER) build .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

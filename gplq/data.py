@@ -12,6 +12,7 @@ What ``--data`` takes, for training images (to quantise with) and test images (t
 import copy
 import hashlib
 import itertools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from timm.data import create_transform
+from timm.data import DEFAULT_CROP_PCT, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
@@ -71,10 +72,52 @@ class Preprocessing:
         """The evaluation transform: PIL image -> float32 [C, H, W]."""
         return create_transform(**asdict(self), is_training=False)
 
+    def steps(self) -> list[str]:
+        """The same in words, for whoever writes it in another language: from the image to the tensor.
+
+        >>> photos = Preprocessing((3, 224, 224), "bicubic", 0.875, "center", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        >>> print(photos.steps()[1])
+        resize, bicubic with antialiasing: the shorter side to 256 pixels, the other in proportion (rounded down)
+        """
+        channels, height, width = self.input_size
+        # As timm does: fractions of a pixel are cut off, and 0 stands for its default.
+        tall, wide = (math.floor(side / (self.crop_pct or DEFAULT_CROP_PCT)) for side in (height, width))
+        if self.crop_mode == "squash":
+            resized = f"to {tall} x {wide} pixels, whatever the proportions"
+        elif self.crop_mode == "border":
+            resized = f"in proportion (rounded), as large as fits into {tall} x {wide} pixels"
+        elif tall == wide:
+            resized = f"the shorter side to {tall} pixels, the other in proportion (rounded down)"
+        else:
+            resized = f"in proportion (rounded), as small as covers {tall} x {wide} pixels"
+        fill = [round(255 * mean) for mean in self.mean] if self.crop_mode == "border" else [0]
+        padded = self.crop_mode == "border" or tall < height or wide < width
+        # Pillow's, which averages over all pixels that fall together.
+        smooth = "" if self.interpolation == "nearest" else " with antialiasing"
+        return [
+            f"convert to {'grey' if self.image_mode == 'L' else 'RGB'}, 8 bits a channel",
+            f"resize, {self.interpolation}{smooth}: {resized}",
+            f"crop the middle {height} x {width} pixels" + f", filled up with {_listed(fill)}" * padded,
+            f"divide by 255, channels first: float32 [{channels}, {height}, {width}], 0 to 1",
+            f"subtract {_listed(self.mean)}",
+            f"divide by {_listed(self.std)}",
+        ]
+
     @property
     def image_mode(self) -> str:
         """The PIL mode that the model wants."""
         return "L" if self.input_size[0] == 1 else "RGB"
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    """Numbers of the channels, or the one that is all of theirs.
+
+    >>> _listed((0.485, 0.456)), _listed((0.5, 0.5))
+    ('(0.485, 0.456)', '0.5')
+    """
+    if len(set(numbers)) == 1:
+        return f"{numbers[0]:.9g}"
+    return f"({', '.join(f'{number:.9g}' for number in numbers)})"
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):
@@ -85,13 +128,15 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         classes: class names in label order, or None.
         source: where the images come from, for messages.
         fingerprint: SHA-256 of what identifies the images: :func:`gplq.sources.fingerprint`, or all of an npz file.
+        source_fingerprint: that of the whole source, also of a set that :meth:`head` made.
         bad_images: whether :func:`batches` fails at an image that cannot be read, or skips it.
         skipped: the numbers of the images that were skipped so far.
     """
 
     def __init__(self, found: Found, preprocessing: Preprocessing, bad_images: BadImages = "fail") -> None:
         self.pictures, self.classes, self.source = found.pictures, found.classes, found.source
-        self.fingerprint, self.bad_images = found.fingerprint, bad_images
+        self.fingerprint = self.source_fingerprint = found.fingerprint
+        self.bad_images = bad_images
         self.rows: Sequence[int] = range(len(found.pictures))
         self.labels = [-1] * len(found.pictures) if found.labels is None else found.labels
         self.skipped: set[int] = set()
@@ -108,13 +153,17 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     def read(self, index: int) -> "tuple[Tensor, int] | BadImage":
         """An item, or why there is none."""
-        row = self.rows[index]
+        tensor = self.read_row(self.rows[index])
+        return tensor if isinstance(tensor, BadImage) else (tensor, int(self.labels[index]))
+
+    def read_row(self, row: int) -> "Tensor | BadImage":
+        """An image, float32 [C, H, W], by its number in the whole source."""
         try:
             with self.pictures.open(row) as image:
                 tensor: Tensor = self._transform(image.convert(self._mode))
         except Exception as error:  # Pillow's decoders raise nearly every type there is for damaged files
             return BadImage(row, f"cannot read {self.pictures.name(row)}: {error}")
-        return tensor, int(self.labels[index])
+        return tensor
 
     def to_dict(self) -> dict[str, Any]:
         """What provenance records; plain data."""
@@ -209,6 +258,11 @@ def open_images(
         MissingError: a package is needed to read it and not installed.
     """
     return ImageSet(_find(str(data), split, need_labels), preprocessing, bad_images)
+
+
+def fingerprint(data: str, split: str) -> str:
+    """What :class:`ImageSet` calls so, of one split of what ``data`` names; :func:`open_images` for what it raises."""
+    return _find(data, split, need_labels=False).fingerprint
 
 
 def _find(data: str, split: str, need_labels: bool) -> Found:

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from gplq import stage1, stage2
+from gplq import golden, stage1, stage2
 from gplq.calibrate import calibrate, calibrate_on
 from gplq.checkpoint import Checkpoint, read_plain, save_checkpoint, write_plain
 from gplq.convert import convert
@@ -113,14 +113,24 @@ def quantize(
         **environment(),
         "source": source.source,
         "source_sha256": source.sha256,
+        "arguments": {
+            "data": str(data),
+            "eval_data": None if eval_data is None else str(eval_data),
+            "eval_images": eval_images,
+            "bad_images": bad_images,
+        },
         "train_data": train_set.to_dict(),
         "test_data": test_set.to_dict(),
         "seed": recipe.seed,
         "processes": processes().num_processes,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "stage2": [report.to_dict() for report in reports],
         measured: {name: result.to_dict() for name, result in results.items()},
     }
     student.cpu()
+    if first:
+        provenance["golden"] = golden.record(student, test_set)
     checkpoint = Checkpoint(student, source.spec, source.preprocessing, source.label_names, recipe, provenance)
     if first:
         save_checkpoint(checkpoint, out)

@@ -38,10 +38,10 @@ from gplq_export.contenders import (
     Settings,
     baseline_of,
     find_contenders,
-    input_shape,
     open_contender,
     peak_memory,
 )
+from gplq_export.manifest import input_shape, read_manifest
 from gplq_export.runtimes import package
 
 SCHEMA_VERSION = "1.0"
@@ -192,7 +192,7 @@ def run(arguments: argparse.Namespace) -> None:
         _check_plot(arguments.plot)
     # PyTorch's threads would wait actively and take the time of whoever is timed next; read when it is imported.
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-    shape = input_shape(arguments.folder)
+    shape = input_shape(arguments.folder, read_manifest(arguments.folder))
     threads = arguments.threads or _usable_cpus()
     settings = Settings(threads, arguments.repeats, float(arguments.seconds), arguments.rounds, shape)
     contenders = find_contenders(arguments.folder, arguments.checkpoint, arguments.only)

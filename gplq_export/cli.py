@@ -5,17 +5,25 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gplq import __version__
 from gplq.cli import EXIT_CODES, positive, run_command
-from gplq.errors import UsageError
+from gplq.errors import GateError, UsageError
 from gplq_export.engine import BuilderOptions
+
+if TYPE_CHECKING:
+    from gplq.data import ImageSet
+    from gplq_export.export import ExportResult
 
 # Each is a module with add_arguments(parser) and run(arguments).
 COMMANDS = {
     "check": ("gplq_export.check.command", "Check an export against PyTorch: codes, accuracy, latency; for CI."),
     "report": ("gplq_export.reports.command", "Write the report of a check once more, in any format."),
     "diff": ("gplq_export.reports.diff", "Say what changed between the reports of two checks."),
+    "triton": ("gplq_export.triton.command", "Write or check a model repository for Triton Inference Server."),
+    "client": ("gplq_export.triton.client", "Ask a served model what is on images."),
+    "load": ("gplq_export.triton.load", "Measure a served model under load, and check every answer."),
     "lint": ("gplq_export.lint", "Find in any ONNX file what engines refuse, slow down or compute differently."),
     "inspect": ("gplq_export.inspect", "Say what a checkpoint, ONNX file or engine holds."),
     "bench": ("gplq_export.bench", "Time the files of an export and PyTorch, interleaved, and give a verdict."),
@@ -68,8 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="test images to check ONNX against PyTorch with; see 'gplq eval --help'")
     parser.add_argument("--no-labels", action="store_true", help="--data has no labels: compare, but measure no top-1")
     parser.add_argument("--images", type=positive, help="use so many of them (default: all)")
-    parser.add_argument("--force", action="store_true", help="overwrite --out")
+    parser.add_argument("--force", action="store_true", help="overwrite --out (and --triton)")
     parser.add_argument("--openvino", action="store_true", help="also write and check the file for OpenVINO on CPUs")
+    parser.add_argument(
+        "--triton", type=Path, metavar="DIR", help="also write a repository for Triton Inference Server"
+    )
     engines = parser.add_argument_group("engines, each beside its FP16 twin")
     engines.add_argument("--trt", action="store_true", help="build engines with TensorRT or TensorRT-RTX")
     for name, text in ENGINES.items():
@@ -101,7 +112,7 @@ def _export(arguments: argparse.Namespace) -> None:
         labels = not arguments.no_labels and checkpoint.spec.num_classes > 0
         images = open_test_images(arguments.data, checkpoint, arguments.images, need_labels=labels)
     else:
-        print("parity: skipped, no images given (--data)")
+        print("check: skipped, no images given (--data)")
     result = export(
         checkpoint,
         arguments.out,
@@ -113,19 +124,28 @@ def _export(arguments: argparse.Namespace) -> None:
         options=_builder_options(arguments),
         force=arguments.force,
     )
-    reference = result.parity.get("int4")
-    if reference is not None and reference.torch_top1 is not None:
-        print(
-            f"top-1: PyTorch {reference.torch_top1}, ONNX Runtime {reference.onnx_top1} (n = {reference.agreement.n})"
-        )
     print(f"wrote {arguments.out}")
+    if arguments.triton is not None:
+        _write_repository(arguments, images, result)
     if arguments.data is not None:
-        print(f"next: look at {arguments.out / 'reports' / 'layers.svg'} and {arguments.out / 'manifest.json'}")
+        print(
+            f"next: look at {arguments.out / 'reports' / 'report.html'}, and bench: gplq-export bench {arguments.out}"
+        )
     else:
-        again = f"gplq-export {arguments.checkpoint} --data IMAGES --out {arguments.out} --force"
-        print(f"next, to check the numbers: {again}")
+        print(f"next, to check the numbers: gplq-export check {arguments.out} --data IMAGES")
     if result.problems:
         raise result.problems[0]
+
+
+def _write_repository(arguments: argparse.Namespace, images: "ImageSet | None", result: "ExportResult") -> None:
+    if any(isinstance(problem, GateError) for problem in result.problems):
+        print(f"{arguments.triton}: not written, because a gate failed")
+        return
+    from gplq_export.triton.repository import write_repository
+
+    warm_up = None if images is None else images[0][0].numpy()
+    write_repository(arguments.out, arguments.triton, warm_up=warm_up, force=arguments.force, say=print)
+    print(f"next, to serve it: see {arguments.triton / 'README.md'}; more options: gplq-export triton --help")
 
 
 def _engines(arguments: argparse.Namespace) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gplq.errors import BuildError, GplqError, UsageError
-from gplq.files import sha256
+from gplq_export.manifest import exported, read_manifest
 from gplq_export.runtimes import OPENVINO_OPTIONS, onnxruntime, openvino_core
 
 _TORCH = {
@@ -68,7 +68,7 @@ def find_contenders(folder: Path, checkpoint: Path | None = None, only: Sequence
         UsageError: a name in ``only`` is not among them.
     """
     found = []
-    for name in sorted(_manifest(folder)["files"]):
+    for name in sorted(read_manifest(folder)["files"]):
         path = folder / name
         stem = path.name.removeprefix("model.")
         if path.suffix == ".plan":
@@ -99,33 +99,6 @@ _RUNTIMES = {
 }
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an export; its ``files`` are names in the folder itself, each with a hash."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        inside = all(Path(name).name == name and str(entry["sha256"]) for name, entry in manifest["files"].items())
-        if manifest["tool"] == "gplq-export" and inside:
-            return dict(manifest)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UsageError(f"{folder} is no folder that gplq-export wrote: it has no readable manifest.json.") from error
-    raise UsageError(f"{path} was not written by gplq-export, or was altered.")
-
-
-def input_shape(folder: Path) -> tuple[int, ...]:
-    """Of one image, (C, H, W)."""
-    try:
-        return tuple(int(size) for size in _manifest(folder)["input"]["shape"][1:])
-    except (LookupError, TypeError, ValueError) as error:
-        raise UsageError(f"{folder / 'manifest.json'} does not say the shape of the images: it is damaged.") from error
-
-
-def _check_hash(path: Path) -> None:
-    expected = _manifest(path.parent)["files"][path.name]["sha256"]
-    if not path.is_file() or sha256(path) != expected:
-        raise UsageError(f"{path} is not the file that was exported: it is missing or altered. Export again.")
-
-
 def open_contender(contender: Contender, settings: Settings) -> Open:
     """Load a contender; its file must be that of the manifest beside it.
 
@@ -138,7 +111,7 @@ def open_contender(contender: Contender, settings: Settings) -> Open:
         return _open_plan(contender.path, settings)
     if contender.path.suffix != ".onnx":
         return _open_torch(contender, settings)
-    _check_hash(contender.path)
+    exported(contender.path.parent, read_manifest(contender.path.parent), contender.path.name)
     open_file = _open_openvino if contender.name == "openvino" else _open_onnxruntime
     return open_file(contender, settings)
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from gplq.errors import MissingError
 from gplq_export.engine import Backend, find_builder
-from gplq_export.triton_images import TritonImage, same_version, triton_image, version_numbers
+from gplq_export.triton.images import TritonImage, same_version, triton_image, version_numbers
 
 SCHEMA_VERSION = "1.0"
 Status = Literal["ok", "missing", "broken", "too old", "untested", "note"]
@@ -114,7 +114,7 @@ def examine() -> list[Check]:
         "PyTorch on GPU": _torch_device,
         "ONNX Runtime": _onnx_runtime,
         **{name: partial(_tensorrt, name) for name in _TENSORRT},
-        "GPU": _gpu,
+        "GPU": gpu,
         "disk": _disk,
     }
     return [python, *(_answer(name, probe) for name, probe in probes.items())]
@@ -258,7 +258,8 @@ def _builder() -> Backend | MissingError:
         return error
 
 
-def _gpu() -> Check:
+def gpu() -> Check:
+    """The first GPU and its driver, as nvidia-smi names them."""
     command = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)

@@ -11,64 +11,46 @@
       model.trt-int4.onnx     what an engine is built from, for each kind       (engines)
       model.trt-int4.plan     the engine; model.fp16.plan: its FP16 twin        (engines, if a builder is installed)
       build.*.log             the builder's own words                           (engines)
-      reports/parity.json     PyTorch against each of the first three, in its runtime
+      model.pt                the checkpoint that all of it was made from
+      reports/                what 'gplq-export check' found, see gplq_export.reports   (with images)
       reports/precision.*.txt what every linear and attention of an engine multiplies in
-      reports/layers.svg      error and unequal codes, block by block           (with matplotlib)
       manifest.json           versions, hashes, bytes, precisions
 """
 
-import itertools
 import json
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import onnx_ir as ir
 from torch import Tensor
 
 from gplq import __version__
-from gplq.checkpoint import Checkpoint, integer_linears
+from gplq.checkpoint import Checkpoint, integer_linears, save_checkpoint
 from gplq.data import ImageSet
 from gplq.errors import BuildError, GateError, MissingError, PrecisionError, UsageError
-from gplq.files import sha256, write_json, write_text, writing_error
+from gplq.files import atomic_folder, sha256, write_json, write_text
 from gplq.provenance import environment
+from gplq_export.check.chain import Settings, check
+from gplq_export.check.report import Report, failure
+from gplq_export.check.subject import Files, find_float_model
 from gplq_export.engine import Backend, BuilderOptions, build_engine, find_builder
 from gplq_export.inspect import storage
-from gplq_export.kernels import Kernel, check_kernels, onnxruntime_kernels, openvino_kernels
+from gplq_export.kernels import KERNELS, Kernel, check_kernels
 from gplq_export.lowering import linear_nodes, lower
-from gplq_export.overflow import OverflowReport, probe
-from gplq_export.parity import ParityReport, compare
-from gplq_export.plot import plot_layers
+from gplq_export.manifest import CHECKPOINT, SCHEMA_VERSION, TOOL, is_intact
 from gplq_export.precision import EngineReport, PrecisionTable, check_precision, precision_table
 from gplq_export.promise import promise
 from gplq_export.qdq import QdqGraph
-from gplq_export.runtimes import Runtime, onnxruntime_optimised, openvino_optimised
+from gplq_export.reports import write_reports
+from gplq_export.reports.console import console
 from gplq_export.targets import TARGETS, Target
 from gplq_export.trace import trace
 
-MANIFEST_SCHEMA_VERSION = "2.0"
-_TOOL = "gplq-export"
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class _Deployment:
-    """Where a deployment file runs: what opens it, what says which kernels it got, see :func:`compare` for ``ties``."""
-
-    runtime: Runtime
-    kernels: Callable[[Path], dict[str, Kernel]]
-    ties: bool
-
-
-_DEPLOYMENTS = {
-    "cpu": _Deployment(onnxruntime_optimised, onnxruntime_kernels, ties=False),
-    "openvino": _Deployment(openvino_optimised, openvino_kernels, ties=True),
-}
 
 
 @dataclass
@@ -79,10 +61,9 @@ class ExportResult:
         files: name -> {bytes, sha256}.
         storage: bytes of the INT4 file by what they hold.
         kernels: of each deployment file, what its multiplications run in on this CPU.
-        parity: of the reference and of each deployment file, if images were given.
+        report: what the check found, if images were given.
         engines: name -> report.
         precision: name -> what multiplies in which type in that engine, read back.
-        ranges: name -> whether the floating point tensors of that engine fit into FP16.
         outputs: name, shape and dtype of each.
         linears: names of the nodes that the checkpoint's linears became.
         problems: what did not work out, most severe first; each an error with its exit code.
@@ -90,11 +71,10 @@ class ExportResult:
 
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     storage: dict[str, int] = field(default_factory=dict)
-    parity: dict[str, ParityReport] = field(default_factory=dict)
+    report: Report | None = None
     kernels: dict[str, dict[str, Kernel]] = field(default_factory=dict)
     engines: dict[str, EngineReport] = field(default_factory=dict)
     precision: dict[str, PrecisionTable] = field(default_factory=dict)
-    ranges: dict[str, OverflowReport] = field(default_factory=dict)
     outputs: list[dict[str, Any]] = field(default_factory=list)
     linears: list[str] = field(default_factory=list)
     problems: list[GateError | MissingError | BuildError | PrecisionError] = field(default_factory=list)
@@ -125,8 +105,8 @@ def export(
         openvino: also write the file for OpenVINO.
         engines: also write TensorRT's files and build these engines, of "int4", "int8", "fp8" and "fp16", the last of
             which is built with any.
-        images: test images for the parity check, with labels or without; or batches, just as the model gets them.
-        forced_images: so many of them for its teacher-forced part, and for all of it of deployment files.
+        images: test images for the check, with labels or without; or batches, just as the model gets them.
+        forced_images: see :class:`gplq_export.check.chain.Settings`.
         batch: smallest, most likely and largest batch of the engines.
         compute_capabilities: GPUs to build for, such as (86, 89); empty: the builder's default.
         options: what else to ask of the builder.
@@ -147,7 +127,7 @@ def export(
     built = [f"trt-{name}" for name in engines if name != "fp16"] + ["fp16"] * bool(engines)
     for name in built:
         TARGETS[name]().check_gpus(compute_capabilities)
-    with _folder(out) as folder:
+    with atomic_folder(out) as folder:
         result = ExportResult()
         say("exporting from PyTorch")
         dialect = trace(checkpoint)
@@ -168,16 +148,14 @@ def export(
         say(f"model.int4.onnx: {int4 / fp32:.3f} x FP32; no weight code takes more than its bits")
         for name in deployments:
             _read_kernels(name, folder, result, say)
-        if images is not None:
-            _prove(
-                checkpoint, {name: models[name] for name in ("int4", *deployments)}, images, forced_images, result, say
-            )
-            _write_parity(result, folder, say)
         if built:
-            _probe_ranges(dialect, built, images, result, say)
             settings = EngineSettings(batch, compute_capabilities, options or BuilderOptions())
             _build(folder, {name: models[name] for name in built}, settings, result, say)
+        _keep_checkpoint(checkpoint, folder, result)
         write_json(folder / "manifest.json", _manifest(checkpoint, result))
+        if images is not None:
+            _check(checkpoint, folder, images, forced_images, result, say)
+            write_json(folder / "manifest.json", _manifest(checkpoint, result))  # with the problems that were found
     result.problems.sort(key=lambda error: _SEVERITY.index(type(error)))
     return result
 
@@ -194,50 +172,15 @@ def _is_ours(out: Path) -> bool:
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return not any(out.iterdir())
-    if not isinstance(manifest, dict) or manifest.get("tool") != _TOOL:
+    if not isinstance(manifest, dict) or manifest.get("tool") != TOOL:
         return False
     written = {"manifest.json", "reports", *manifest.get("files", {})}
     for path in out.iterdir():
         # A checkpoint that was moved in here would be lost with the rest.
-        if path.name not in written and not path.match("build.*.log"):
+        ours = path.name in written and (path.name != CHECKPOINT or is_intact(out, manifest, CHECKPOINT))
+        if not ours and not path.match("build.*.log"):
             raise UsageError(f"{path} was not written by gplq-export: --force would delete it. Move it elsewhere.")
     return True
-
-
-class _folder:  # noqa: N801  a context manager that reads like a function
-    """A folder that is filled under a temporary name and renamed when it is complete."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-
-    def __enter__(self) -> Path:
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".tmp", dir=self.out.parent))
-            self.temporary.chmod(0o755)
-        except OSError as error:
-            raise writing_error(self.out, error) from error
-        return self.temporary
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise writing_error(self.out, error) from error
-            return
-        old = self.temporary.with_suffix(".old")
-        try:
-            if self.out.exists():
-                self.out.rename(old)
-            self.temporary.rename(self.out)
-            shutil.rmtree(old, ignore_errors=True)
-        except OSError as failure:
-            if old.exists() and not self.out.exists():
-                old.rename(self.out)
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            raise writing_error(self.out, failure) from failure
 
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
@@ -274,7 +217,7 @@ def _check_storage(checkpoint: Checkpoint, storage: dict[str, int]) -> None:
 def _read_kernels(name: str, folder: Path, result: ExportResult, say: Say) -> None:
     """Which kernels a deployment file's multiplications run in on this CPU."""
     try:
-        kernels = result.kernels[name] = _DEPLOYMENTS[name].kernels(folder / f"model.{name}.onnx")
+        kernels = result.kernels[name] = KERNELS[name](folder / f"model.{name}.onnx")
         check_kernels(kernels)
     except MissingError as error:
         say(f"kernels of model.{name}.onnx: skipped. {error}")
@@ -286,69 +229,35 @@ def _read_kernels(name: str, folder: Path, result: ExportResult, say: Say) -> No
         say(f"model.{name}.onnx: {share} multiplications run in 8-bit integers on this CPU (read back)")
 
 
-def _prove(
+def _keep_checkpoint(checkpoint: Checkpoint, folder: Path, result: ExportResult) -> None:
+    """The checkpoint beside what was made from it, so that the folder can be checked wherever it is."""
+    path = folder / CHECKPOINT
+    if checkpoint.path is not None and checkpoint.path.is_file() and sha256(checkpoint.path) == checkpoint.sha256:
+        shutil.copyfile(checkpoint.path, path)
+    else:
+        save_checkpoint(checkpoint, path)
+    result.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _check(
     checkpoint: Checkpoint,
-    models: dict[str, ir.Model],
+    folder: Path,
     images: ImageSet | Sequence[Tensor],
     forced_images: int,
     result: ExportResult,
     say: Say,
 ) -> None:
-    for name, model in models.items():
-        settings: dict[str, Any] = {"forced_images": forced_images}
-        if deployment := _DEPLOYMENTS.get(name):
-            settings |= {"runtime": deployment.runtime, "ties": deployment.ties}
-        try:
-            chosen = _first(images, forced_images) if deployment else images
-            parity = result.parity[name] = compare(checkpoint.model, model, chosen, **settings)
-        except MissingError as error:
-            say(f"parity of model.{name}.onnx: skipped. {error}")
-            if error.args not in [other.args for other in result.problems]:
-                result.problems.append(error)
-            continue
-        say(f"model.{name}.onnx against PyTorch: {parity.summary()}")
-        if failures := parity.failures():
-            result.problems.append(GateError(f"model.{name}.onnx: {'; '.join(failures)}"))
-
-
-def _first(images: ImageSet | Sequence[Tensor], count: int) -> ImageSet | Sequence[Tensor]:
-    """At least so many images, if there are."""
-    if isinstance(images, ImageSet):
-        return images.head(count)
-    sizes = itertools.accumulate(map(len, images))
-    return images[: sum(size < count for size in sizes) + 1]
-
-
-def _write_parity(result: ExportResult, folder: Path, say: Say) -> None:
-    if not result.parity:
-        return
-    reports = {name: parity.to_dict() for name, parity in result.parity.items()}
-    write_json(folder / "reports" / "parity.json", {"schema_version": "2.0", **environment(), "files": reports})
-    if "int4" in result.parity:
-        pictures = (folder / "reports" / f"layers.{suffix}" for suffix in ("svg", "png"))
-        if not plot_layers(result.parity["int4"], *pictures):
-            say("picture: skipped, matplotlib is not installed (pip install 'gplq[report]')")
-
-
-def _probe_ranges(
-    dialect: ir.Model, names: Sequence[str], images: ImageSet | Sequence[Tensor] | None, result: ExportResult, say: Say
-) -> None:
-    """Whether what an FP16 engine computes fits into FP16, on a few images, before it is built."""
-    if images is None:
-        say("FP16 range: skipped, no images given (--data)")
-        return
-    for name in names:
-        try:
-            found = probe(lower(dialect, TARGETS[name](ir.DataType.FLOAT), {}), images)
-        except MissingError as error:
-            say(f"FP16 range: skipped. {error}")
-            result.problems.append(error)
-            return
-        result.ranges[name] = found
-        for text in (f"{name}: {found.summary()}", *(f"warning: {name}: {text}" for text in found.warnings())):
-            say(text)
-        if failures := found.failures():
-            result.problems.append(GateError("; ".join(failures)))
+    """What 'gplq-export check' does, on the folder as it is."""
+    settings = Settings(forced_images=forced_images, float_model=find_float_model(checkpoint))
+    report = result.report = check(checkpoint, Files.of([folder]), images, settings, say=say)
+    write_reports(report, folder / "reports")
+    for line in console(report):
+        say(line)
+    if report.failed:
+        result.problems.append(GateError(failure(report)))
+    reference = report.pair("int4")
+    if reference is not None and reference.skipped is not None:
+        result.problems.append(MissingError(reference.skipped))
 
 
 @dataclass(frozen=True)
@@ -413,8 +322,8 @@ def unfused(table: PrecisionTable) -> list[str]:
 def _manifest(checkpoint: Checkpoint, result: ExportResult) -> dict[str, Any]:
     bits = checkpoint.recipe
     return {
-        "schema_version": MANIFEST_SCHEMA_VERSION,
-        "tool": _TOOL,
+        "schema_version": SCHEMA_VERSION,
+        "tool": TOOL,
         "tool_version": __version__,
         **environment(),
         "checkpoint": {"sha256": checkpoint.sha256, "provenance": checkpoint.provenance},
@@ -429,7 +338,6 @@ def _manifest(checkpoint: Checkpoint, result: ExportResult) -> dict[str, Any]:
         },
         "files": result.files,
         "int4_onnx_bytes": result.storage,
-        "parity": {name: parity.to_dict() for name, parity in result.parity.items()},
         "kernels": {
             name: {node: vars(kernel) for node, kernel in kernels.items()} for name, kernels in result.kernels.items()
         },
@@ -437,7 +345,6 @@ def _manifest(checkpoint: Checkpoint, result: ExportResult) -> dict[str, Any]:
             name: {
                 **report.to_dict(),
                 "precision": table.to_dict() if (table := result.precision.get(name)) else None,
-                "fp16_range": found.to_dict() if (found := result.ranges.get(name)) else None,
             }
             for name, report in result.engines.items()
         },

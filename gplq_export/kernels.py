@@ -166,3 +166,7 @@ def _kernels(
 def _is_quantised(value: ir.Value | None) -> bool:
     node = source(value)
     return node is not None and node.op_type in ("DequantizeLinear", "FakeQuantize")
+
+
+# By deployment file.
+KERNELS: dict[str, Callable[[Path], dict[str, Kernel]]] = {"cpu": onnxruntime_kernels, "openvino": openvino_kernels}

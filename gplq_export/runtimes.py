@@ -2,13 +2,14 @@
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 import onnx
 
-from gplq.errors import MissingError
+from gplq.errors import MissingError, UsageError
 
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 Runtime = Callable[[bytes], Run]
@@ -66,6 +67,7 @@ def onnxruntime_session(model: bytes | str, level: Literal["DISABLE_ALL", "ENABL
     options = ort.SessionOptions()
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level}")
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False  # it never gives memory back, and a check has a dozen sessions
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
@@ -76,14 +78,23 @@ def reference_session(model: bytes | str) -> Any:
 
 def onnxruntime_reference(model: bytes) -> Run:
     """ONNX Runtime on the CPU, which runs the graph as it is written; see :func:`reference_session`."""
-    session = reference_session(model)
-    return lambda feeds: list(session.run(None, feeds))
+    return _onnxruntime(model, "DISABLE_ALL")
 
 
 def onnxruntime_optimised(model: bytes) -> Run:
     """ONNX Runtime on the CPU as anybody gets it; see :func:`onnxruntime_session`."""
-    session = onnxruntime_session(model, "ENABLE_ALL")
-    return lambda feeds: list(session.run(None, feeds))
+    return _onnxruntime(model, "ENABLE_ALL")
+
+
+def _onnxruntime(model: bytes, level: Literal["DISABLE_ALL", "ENABLE_ALL"]) -> Run:
+    with _explained("ONNX Runtime"):
+        session = onnxruntime_session(model, level)
+
+    def run(feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        with _explained("ONNX Runtime"):
+            return list(session.run(None, feeds))
+
+    return run
 
 
 def openvino_optimised(model: bytes) -> Run:
@@ -97,12 +108,25 @@ def openvino_optimised(model: bytes) -> Run:
 
     def run(feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         nonlocal compiled
-        if compiled is None:
-            compiled = core.compile_model(core.read_model(_with_shapes(model, feeds)), "CPU", OPENVINO_OPTIONS)
-        answers = compiled(feeds)
+        with _explained("OpenVINO"):
+            if compiled is None:
+                compiled = core.compile_model(core.read_model(_with_shapes(model, feeds)), "CPU", OPENVINO_OPTIONS)
+            answers = compiled(feeds)
         return [np.array(answers[output]) for output in compiled.outputs]
 
     return run
+
+
+@contextmanager
+def _explained(runtime: str) -> Iterator[None]:
+    """Whatever a runtime raises about a graph or its inputs, as an error of ours: theirs have no base in common."""
+    try:
+        yield
+    except MissingError:
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line and not line.startswith("Exception from")), "")
+        raise UsageError(f"{runtime} cannot run the graph: {reason}") from error
 
 
 def _with_shapes(model: bytes, feeds: dict[str, np.ndarray]) -> bytes:

@@ -22,8 +22,10 @@ from gplq.data import ImageSet, open_images
 from gplq.models import FloatModel, load_model
 from gplq.pipeline import quantize
 from gplq.recipe import Recipe
+from gplq_export.export import export
 from gplq_export.trace import trace
 
+collect_ignore = ["triton_backends"]  # run inside a Triton server
 ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 64, "depth": 2, "num_heads": 2}
 CLASSES = ["bottom-left", "bottom-right", "top-left", "top-right"]
@@ -169,3 +171,11 @@ def checkpoint(quantised: Quantised) -> Checkpoint:
 def dialect(checkpoint: Checkpoint) -> ir.Model:
     """The checkpoint traced; lowering leaves it as it is."""
     return trace(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What gplq-export writes of the checkpoint; shared: copy it before you change it."""
+    out = tmp_path_factory.mktemp("exported") / "dist"
+    export(checkpoint, out, say=lambda _: None)
+    return out

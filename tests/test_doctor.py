@@ -16,7 +16,7 @@ from gplq.errors import MissingError, UsageError
 from gplq_export import doctor
 from gplq_export.doctor import Check, add_arguments, examine, run, triton_answers, what_works
 from gplq_export.engine import Backend
-from gplq_export.triton_images import triton_image
+from gplq_export.triton.images import triton_image
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 NO_BUILDER = MissingError("cannot build an engine: install TensorRT")

@@ -158,7 +158,7 @@ class Outputs:
                 self._keep(name, (logits > own).sum(1))
             self._keep("kl", F.kl_div(b.log_softmax(1), a.log_softmax(1), log_target=True, reduction="none").sum(1))
         a, b = (each[0].flatten() for each in (reference, candidate))
-        if len(self.scatter) * _SCATTER < _SCATTER_IN_ALL:
+        if sum(map(len, self.scatter)) < _SCATTER_IN_ALL:
             chosen = torch.linspace(0, len(a) - 1, min(_SCATTER, len(a))).long()
             self.scatter.append(torch.stack([a[chosen], b[chosen]], 1).double().numpy())
 
@@ -208,7 +208,7 @@ class Outputs:
         """Go on from a :meth:`state`."""
         self._columns = {name: [state[name]] if len(state[name]) else [] for name in self._COLUMNS}
         self.energy, self.largest = state["energy"].copy(), state["largest"].copy()
-        self.scatter = list(np.array_split(state["scatter"], max(len(state["scatter"]) // _SCATTER, 1)))
+        self.scatter = [state["scatter"]]
 
     def _keep(self, column: str, values: Tensor) -> None:
         self._columns[column].append(values.numpy())

@@ -28,6 +28,8 @@ from gplq.ops import Codes
 class Capture:
     """One forward pass of a frozen model on the CPU, and what was seen in it, by name; float32 unless said.
 
+    ``everything``: also what a graph can be fed with; if not, only outputs, codes and what units return are kept.
+
     Attributes:
         outputs: of the network, in order.
         inputs: what each quantiser reads. ``codes``: what it returns, int8.
@@ -36,7 +38,8 @@ class Capture:
         unit_outputs: what each unit returns.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, *, everything: bool = True) -> None:
+        self._everything = everything
         self.inputs: dict[str, np.ndarray] = {}
         self.codes: dict[str, np.ndarray] = {}
         self.linear_outputs: dict[str, np.ndarray] = {}
@@ -45,12 +48,18 @@ class Capture:
         with self._hooks(model):
             self.outputs: list[Tensor] = tree_leaves(model(images))
 
+    @property
+    def nbytes(self) -> int:
+        """How much memory it holds."""
+        tables = (self.inputs, self.codes, self.linear_outputs, self.unit_inputs, self.unit_outputs)
+        return sum(array.nbytes for table in tables for array in table.values())
+
     @contextmanager
     def _hooks(self, model: nn.Module) -> Iterator[None]:
         handles = []
         for name, quantizer in frozen_quantizers(model).items():
             handles.append(quantizer.register_forward_hook(self._quantizer_hook(name)))
-        for name, linear in integer_linears(model).items():
+        for name, linear in integer_linears(model).items() if self._everything else ():
             handles.append(linear.register_forward_hook(self._linear_hook(name)))
         for name, unit in units(model):
             handles.append(unit.register_forward_hook(self._unit_hook(name)))
@@ -62,7 +71,8 @@ class Capture:
 
     def _quantizer_hook(self, name: str) -> Any:
         def keep(module: FrozenQuantizer, args: tuple[Tensor], output: Codes) -> None:
-            self.inputs[name] = args[0].numpy()
+            if self._everything:
+                self.inputs[name] = args[0].numpy()
             if module.rounding:
                 self.codes[name] = output.values.to(torch.int8).numpy()
 
@@ -77,7 +87,7 @@ class Capture:
     def _unit_hook(self, name: str) -> Any:
         def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             for index, arg in enumerate(args):
-                if isinstance(arg, Tensor):
+                if isinstance(arg, Tensor) and self._everything:
                     self.unit_inputs[input_name(name, index)] = arg.numpy()
             # Some blocks return the size of their feature map beside it.
             tensor = output[0] if isinstance(output, tuple | list) else output

@@ -45,13 +45,13 @@ from gplq.errors import GplqError, MissingError
 from gplq.files import sha256
 from gplq.models import FloatModel
 from gplq.provenance import environment
-from gplq_export.check.capture import AnotherSummationOrder, HalfPrecision
+from gplq_export.check.capture import AnotherSummationOrder, Capture, HalfPrecision
 from gplq_export.check.forced import compare_forced
 from gplq_export.check.free import Comparison, Member, Seen, StateFile, array_member, compare, stream, torch_member
 from gplq_export.check.gates import Judge, Thresholds, read_thresholds
 from gplq_export.check.graph import Part, find_taps
 from gplq_export.check.report import Closeness, Data, Estimate, Flip, Layer, Pair, Report
-from gplq_export.check.subject import Files, describe, judge_files
+from gplq_export.check.subject import Files, describe, judge_files, judge_precision
 from gplq_export.lowering import lower
 from gplq_export.onnx_file import read_onnx
 from gplq_export.overflow import probe
@@ -70,6 +70,7 @@ Images = ImageSet | Sequence[Tensor]
 Say = Callable[[str], None]
 _ORT, _OPTIMISED = "ONNX Runtime without optimisation", "ONNX Runtime with all optimisation"
 _CHECKPOINT, _OFF = "the checkpoint in PyTorch", "the checkpoint in PyTorch, quantisers off"
+_CAPTURED, _LARGEST_BATCH = 128 * 2**20, 64  # bytes; images
 _FLIPS, _PICTURES, _THUMBNAIL = 200, 24, 48
 
 
@@ -96,7 +97,7 @@ class Settings:
     Attributes:
         forced_images: so many images for what is teacher-forced, for the twins and for the layers of optimised files;
             everything else takes all.
-        batch_size: images at once.
+        batch_size: images at once; None: as many as keep what is captured of them within 128 MB.
         expected_top1: of the float model, in per cent; None: what was measured when the checkpoint was made.
         float_model: the original; without it the pair "float" is skipped.
         served: (name, function) of a served model.
@@ -106,7 +107,7 @@ class Settings:
     """
 
     forced_images: int = 256
-    batch_size: int = 32
+    batch_size: int | None = None
     thresholds: Thresholds = field(default_factory=read_thresholds)
     expected_top1: float | None = None
     float_model: FloatModel | None = None
@@ -233,6 +234,7 @@ class _Chain:
     def run(self) -> list[Pair]:
         """Everything, in order."""
         judge_files(self.files, self.checkpoint, self.judge, trust_engine=self.settings.trust_engine)
+        judge_precision(self.files, self.judge)
         self._plan()
         self._stream()
         self._judge_data()
@@ -356,8 +358,18 @@ class _Chain:
         fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return StateFile(self.settings.state, fingerprint, self.say)
 
+    @cached_property
+    def batch_size(self) -> int:
+        """Images at once."""
+        if self.settings.batch_size is not None:
+            return self.settings.batch_size
+        inputs, _ = next(iter(self.source.batches(1)))
+        with torch.inference_mode():
+            one = Capture(self.checkpoint.model, inputs).nbytes
+        return min(max(_CAPTURED // one, 1), _LARGEST_BATCH)
+
     def _stream(self) -> None:
-        size = self.settings.batch_size
+        size = self.batch_size
         stream(
             self.members,
             self.on_few,
@@ -365,6 +377,9 @@ class _Chain:
             self.few.count,
             "twins and layers",
         )
+        for name in {name for each in self.on_few.values() for name in (each.reference, each.candidate)}:
+            if not any(name in (each.reference, each.candidate) for each in self.on_all.values()):
+                del self.members[name]
         if self.on_all:
             what = f"the chain, {len(self.on_all)} comparisons"
             whole = self.source
@@ -530,7 +545,7 @@ class _Chain:
         return compare_forced(
             self.checkpoint.model,
             self._graph(kind),
-            (inputs for inputs, _ in self.few.batches(self.settings.batch_size)),
+            (inputs for inputs, _ in self.few.batches(self.batch_size)),
             self.few.count,
             self.files.paths[kind].name,
             block_limit=self.settings.thresholds["forced_blocks"],
@@ -622,7 +637,7 @@ class _Chain:
             "top1",
             good if enough else "reported",
             f"top-1 of {which} in PyTorch is {found.value:.2f} % [{found.low:.2f}, {found.high:.2f}], expected "
-            f"{expected:.2f} % (n = {found.n})"
+            f"{expected:.2f} %"
             + ("" if enough else ", too few images to judge")
             + (
                 "."

@@ -14,7 +14,6 @@ from gplq.errors import GateError, GplqError, MissingError, UsageError
 
 if TYPE_CHECKING:
     from gplq.checkpoint import Checkpoint
-    from gplq.models import FloatModel
     from gplq_export.check.report import Report
     from gplq_export.check.subject import Files
 
@@ -71,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_flags(arguments)
     from gplq_export.check.chain import Settings, check
     from gplq_export.check.gates import read_thresholds
-    from gplq_export.check.subject import Files, find_checkpoint
+    from gplq_export.check.subject import Files, find_checkpoint, find_float_model
     from gplq_export.reports import write_reports
     from gplq_export.reports.console import console
 
@@ -92,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
         forced_images=arguments.forced_images,
         thresholds=thresholds,
         expected_top1=arguments.expect_top1,
-        float_model=_float_model(arguments.float, checkpoint),
+        float_model=find_float_model(checkpoint, arguments.float),
         served=served,
         state=folder / ".check.npz",
         trust_engine=arguments.trust_engine,
@@ -113,9 +112,10 @@ def raise_failures(report: "Report", require: tuple[str, ...] = ()) -> None:
     Raises:
         GateError: a gate failed. MissingError: a required pair was skipped. UsageError: there is no such pair.
     """
-    if failed := report.failed:
-        more = f"; and {len(failed) - 1} more gates" if len(failed) > 1 else ""
-        raise GateError(f"{failed[0].id}: {failed[0].sentence}{more}")
+    from gplq_export.check.report import failure
+
+    if report.failed:
+        raise GateError(failure(report))
     for name in require:
         wanted = [pair for pair in report.pairs if pair.name == name or _GROUPS.get(name, "?") in pair.name]
         if not wanted:
@@ -153,38 +153,6 @@ def _images(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> Any:
 
     labels = not arguments.no_labels and checkpoint.spec.num_classes > 0
     return open_test_images(arguments.data, checkpoint, arguments.images, need_labels=labels)
-
-
-def _float_model(given: str | None, checkpoint: "Checkpoint") -> "FloatModel | None":
-    """The model that was quantised, if it is still there; the one that is named, if it is that.
-
-    Raises:
-        UsageError: the named one has other weights.
-    """
-    from gplq.errors import ModelError
-    from gplq.models import WEIGHT_SUFFIXES, load_model
-
-    source = given or str(checkpoint.provenance.get("source", ""))
-    if not given and not Path(source).exists():
-        return None  # a name, whose weights would be downloaded: only if the user says so
-    spec = checkpoint.spec
-    is_file = Path(source).suffix in WEIGHT_SUFFIXES
-    try:
-        found = load_model(
-            source,
-            arch=spec.architecture if is_file else None,
-            model_args=spec.model_args if is_file else None,
-            num_classes=spec.num_classes if is_file else None,
-        )
-    except ModelError:
-        if given:
-            raise
-        return None
-    if found.sha256 != checkpoint.provenance.get("source_sha256") or found.preprocessing != checkpoint.preprocessing:
-        if given:
-            raise UsageError(f"--float {given}: the checkpoint was made from other weights, or for other images.")
-        return None
-    return found
 
 
 def _with_latency(arguments: argparse.Namespace, files: "Files", report: "Report", thresholds: Any) -> "Report":

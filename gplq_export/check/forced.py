@@ -129,7 +129,7 @@ class _Floats:
         self._tensors = {name: linear_output(graph, name) for name in self._linears}
         self._factors = {name: folded_factor(graph, name, linear) for name, linear in self._linears.items()}
         self._outputs = [str(value.name) for value in graph.graph.outputs]
-        types = {tap.fed: tap.fed_type for tap in taps.values()}
+        types = {tap.tensor: tap.code_type for tap in taps.values()}
         # What is given cannot be asked for: a network's input that a quantiser reads, a linear's output that is codes.
         wanted = [*self._tensors.values(), *(tap.source for tap in taps.values()), *self._outputs]
         wanted = [name for name in dict.fromkeys(wanted) if name not in {INPUT, *types, *graph.graph.initializers}]
@@ -142,7 +142,7 @@ class _Floats:
 
     def add(self, inputs: Tensor, seen: Capture) -> None:
         """Compare a batch."""
-        fed = {tap.fed: tap.feed(seen.codes[name]) for name, tap in self.taps.items()}
+        fed = {tap.tensor: tap.feed(seen.codes[name]) for name, tap in self.taps.items()}
         answers = self._part.run({INPUT: inputs.numpy(), **fed})
         for name, linear in self._linears.items():
             axis = 1 if linear.codes.ndim == 4 else -1

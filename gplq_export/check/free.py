@@ -172,7 +172,7 @@ def torch_member(model: nn.Module, mode: Callable[[], object] | None = None, *, 
                 stack.enter_context(without_rounding(model))
             if mode is not None:
                 stack.enter_context(mode())  # type: ignore[arg-type]  # they are context managers
-            seen = Capture(model, inputs)
+            seen = Capture(model, inputs, everything=False)
         return Seen(seen.outputs, seen.codes, seen.unit_outputs)
 
     return run

@@ -112,7 +112,7 @@ class Judge:
         low, high = interval or (None, None)
         self.gates.append(
             Gate(
-                id=".".join(part for part in (pair, metric, layer or "") if part),
+                id=f"{pair}.{metric}",
                 pair=pair,
                 metric=metric,
                 layer=layer,
@@ -246,7 +246,7 @@ class Judge:
             pair.name,
             metric,
             inside,
-            f"{_number(found)} {unit}, noise floor {_number(floor)} (n = {found.n})"
+            f"{_number(found)} {unit}, noise floor {_number(floor)}"
             + ("." if inside else f": beyond twice what {pair.floor_is} changes."),
             "floor_factor",
             found=found.value,
@@ -286,7 +286,7 @@ class Judge:
             pair.name,
             "free.labels" if found.agreement else "free.cosine",
             "reported",
-            f"{_number(measured)} {unit} (n = {found.n}).",
+            f"{_number(measured)} {unit}.",
             found=measured.value,
             interval=(measured.low, measured.high),
             unit=unit,
@@ -306,7 +306,7 @@ class Judge:
             "top1",
             passed if enough else "reported",
             f"top-1 {pair.candidate_top.top1.value:.2f} %, reference {pair.reference_top.top1.value:.2f} %: "
-            f"{drop:+.2f} points lost [{low:+.2f}, {high:+.2f}] (n = {n})"
+            f"{drop:+.2f} points lost [{low:+.2f}, {high:+.2f}]"
             + ("" if enough else ", too few images to judge")
             + ("." if passed or not enough else f": more than {self.thresholds[threshold]:g}."),
             threshold,

@@ -23,14 +23,13 @@ BEFORE, BEHIND = "stem", "head"  # the parts of the network in front of the firs
 class Tap:
     """Where a graph holds what a quantiser reads (``source``) and its codes (``tensor``), and in which form.
 
-    ``fed``: the tensor that stands for the codes where they are given to the graph: ``tensor`` itself, unless that has
-    4 bits. ``step``: what one code is in it; ``offset``: what is added to the codes. ``axes``: how a graph that
-    quantises first and transposes then does that, as ``numpy.transpose`` takes it.
+    ``scale``: what one code is, where the graph holds no codes; ``offset``: what is added to the codes, and
+    ``code_type``: theirs, where it does. ``axes``: how a graph that quantises first and transposes then does that, as
+    ``numpy.transpose`` takes it.
     """
 
     tensor: str
     source: str
-    fed: str
     scale: np.float32
     holds_codes: bool
     offset: int
@@ -48,16 +47,11 @@ class Tap:
         return x if self.axes is None else np.ascontiguousarray(x.transpose(np.argsort(self.axes)))
 
     def feed(self, codes: np.ndarray) -> np.ndarray:
-        """PyTorch's codes, as :attr:`fed` holds them."""
+        """PyTorch's codes, as the graph has them; those of 4 bits in eight."""
         codes = self.as_in_graph(codes)
-        if self.fed_type == ir.DataType.FLOAT:
+        if not self.holds_codes:
             return codes.astype(np.float32) * self.scale
-        return (codes.astype(np.int16) + self.offset).astype(self.fed_type.numpy())
-
-    @property
-    def fed_type(self) -> ir.DataType:
-        """Of :attr:`fed`: floating point behind DequantizeLinear."""
-        return self.code_type if self.fed == self.tensor and self.holds_codes else ir.DataType.FLOAT
+        return (codes.astype(np.int16) + self.offset).astype(_in_8_bits(self.code_type).numpy())
 
 
 def find_taps(model: ir.Model, quantizers: Mapping[str, FrozenQuantizer]) -> dict[str, Tap]:
@@ -77,8 +71,6 @@ def find_taps(model: ir.Model, quantizers: Mapping[str, FrozenQuantizer]) -> dic
         found[name] = Tap(
             tensor,
             _quantizer_input(value, name),
-            # ONNX Runtime's Python API takes no 4-bit tensors.
-            f"{name}.dequantized" if held and code_type.bitwidth < 8 else tensor,
             np.float32(quantizer.scale),
             held,
             0 if zero_point is None else int(zero_point),
@@ -147,7 +139,7 @@ def sources(graph: ir.Graph, outputs: list[str], known: set[str]) -> list[str]:
 
 
 class Part:
-    """A part of an ONNX graph in a runtime; 4-bit codes come back as int8."""
+    """A part of an ONNX graph in a runtime; 4-bit codes are given, and come back, as int8."""
 
     def __init__(
         self,
@@ -180,9 +172,12 @@ class Part:
             cast.outputs[0].type = ir.TensorType(ir.DataType.INT8)
             part.append(cast)
             part.outputs[index] = cast.outputs[0]
-        for value in part.inputs:
-            value.type = ir.TensorType((types or {}).get(str(value.name), ir.DataType.FLOAT))
+        for index, value in enumerate(part.inputs):
+            wanted = (types or {}).get(str(value.name), ir.DataType.FLOAT)
+            value.type = ir.TensorType(wanted)
             value.shape = None if value.name != INPUT else value.shape
+            if wanted.bitwidth < 8:
+                part.inputs[index] = _widen(part, value)
         whole = ir.Model(part, ir_version=model.ir_version)
         whole.opset_imports.update(model.opset_imports)
         self._run = runtime(ir.to_proto(whole).SerializeToString())
@@ -192,6 +187,22 @@ class Part:
         """Arrays by tensor name; ``feeds`` may hold more than is needed."""
         needed = {tensor: feeds[name] for tensor, name in self.inputs.items()}
         return dict(zip(self.outputs, self._run(needed), strict=True))
+
+
+def _in_8_bits(code_type: ir.DataType) -> ir.DataType:
+    """What holds codes of a type outside of a graph: ONNX Runtime's Python API takes no 4-bit tensors."""
+    return ir.DataType.INT8 if code_type.bitwidth < 8 else code_type
+
+
+def _widen(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """An input of 8 bits and the same name, in the place of one of 4."""
+    assert value.name is not None and value.type is not None
+    wide = ir.Value(name=value.name, type=ir.TensorType(_in_8_bits(value.type.dtype)))
+    cast = ir.node("Cast", [wide], attributes={"to": value.type.dtype}, name=f"{value.name}/Cast")
+    value.name = cast.outputs[0].name = f"{value.name}.narrow"
+    value.replace_all_uses_with(cast.outputs[0])
+    graph.insert_before(graph[0], cast)
+    return wide
 
 
 def linear_output(model: ir.Model, linear: str) -> str:

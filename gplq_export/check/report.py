@@ -136,7 +136,7 @@ class Pair(_Part):
 class Gate(_Part):
     """One thing that is judged. ``found`` and ``limit`` are in ``unit``."""
 
-    id: str = Field(description="pair, metric and layer: cpu.forced.codes; stable from version to version")
+    id: str = Field(description="pair and metric: cpu.forced.codes; stable from version to version")
     pair: str = Field(description="or export, data, latency")
     metric: str
     layer: str | None
@@ -230,6 +230,12 @@ class Report(_Part):
     def to_json(self) -> str:
         """As it is written to ``parity.json``."""
         return self.model_dump_json(indent=1) + "\n"
+
+
+def failure(report: Report) -> str:
+    """What failed first, in one sentence, and how many gates more."""
+    first, *others = report.failed
+    return f"{first.id}: {first.sentence}" + (f" {len(others)} more gates failed." if others else "")
 
 
 def json_schema() -> dict[str, Any]:

@@ -7,11 +7,13 @@ from typing import Any
 
 from gplq.checkpoint import Checkpoint, at_image_size, load_checkpoint
 from gplq.convert import structure_of
-from gplq.errors import UsageError
+from gplq.errors import MissingError, ModelError, UsageError
 from gplq.files import sha256
+from gplq.models import WEIGHT_SUFFIXES, FloatModel, load_model
 from gplq_export.check.gates import Judge
 from gplq_export.check.report import File, Subject
-from gplq_export.manifest import CHECKPOINT, is_intact, read_manifest
+from gplq_export.kernels import KERNELS
+from gplq_export.manifest import CHECKPOINT, input_shape, is_intact, read_manifest
 from gplq_export.onnx_file import read_onnx
 
 EXPORT = "export"  # what gates on the files are filed under, where others have a pair
@@ -87,13 +89,39 @@ def find_checkpoint(files: Files, given: Path | None) -> Checkpoint:
         raise UsageError(f"{files.folder} has no {CHECKPOINT}: name the checkpoint with --checkpoint.")
     checkpoint = load_checkpoint(path)
     if files.manifest is not None:
-        try:
-            size = tuple(int(side) for side in files.manifest["input"]["shape"][1:])
-        except (LookupError, TypeError, ValueError) as error:
-            raise UsageError(f"{files.folder / 'manifest.json'} does not say the shape of the images.") from error
+        size = input_shape(files.folder, files.manifest)
         if size != checkpoint.preprocessing.input_size:
             checkpoint = at_image_size(checkpoint, size[-1])
     return checkpoint
+
+
+def find_float_model(checkpoint: Checkpoint, given: str | None = None) -> FloatModel | None:
+    """The model that was quantised: where it was then, if it is still there; or the one that is ``given``.
+
+    Raises:
+        UsageError: the given one has other weights, or is for other images. ModelError: it cannot be loaded.
+    """
+    source = given or str(checkpoint.provenance.get("source", ""))
+    if not given and not Path(source).exists():
+        return None  # a name, whose weights would be downloaded: only if the user says so
+    spec = checkpoint.spec
+    is_file = Path(source).suffix in WEIGHT_SUFFIXES
+    try:
+        found = load_model(
+            source,
+            arch=spec.architecture if is_file else None,
+            model_args=spec.model_args if is_file else None,
+            num_classes=spec.num_classes if is_file else None,
+        )
+    except ModelError:
+        if given:
+            raise
+        return None
+    if found.sha256 != checkpoint.provenance.get("source_sha256") or found.preprocessing != checkpoint.preprocessing:
+        if given:
+            raise UsageError(f"{given}: the checkpoint was made from other weights, or for other images.")
+        return None
+    return found
 
 
 def judge_files(files: Files, checkpoint: Checkpoint, judge: Judge, *, trust_engine: bool) -> None:
@@ -114,6 +142,49 @@ def judge_files(files: Files, checkpoint: Checkpoint, judge: Judge, *, trust_eng
         if problem is not None:
             files.broken[kind] = problem
         judge.add(EXPORT, f"hash.{kind}", problem is None, problem or f"{path.name} is what was exported.")
+
+
+def judge_precision(files: Files, judge: Judge) -> None:
+    """What multiplies in what: of engines as it was read back from the builder, of CPU files as it is here and now."""
+    for name, entry in (files.manifest or {}).get("engines", {}).items():
+        rows = _get(entry, "precision", "rows")
+        if f"{name}.plan" not in files.paths or not isinstance(rows, list):
+            continue
+        lost = [str(row.get("name")) for row in rows if not row.get("kept")]
+        judge.add(
+            EXPORT,
+            f"precision.{name}.plan",
+            not lost,
+            f"read back from the builder: {_get(entry, 'precision', 'summary')}"
+            + (f"; not as promised: {', '.join(lost[:5])}." if lost else "."),
+            layer=lost[0] if lost else None,
+            found=len(lost),
+            limit=0,
+            unit="layers",
+            why="An engine that computes in another precision than its types promise is slower, or is something else.",
+        )
+    for kind, read in KERNELS.items():
+        if kind not in files.paths:
+            continue
+        try:
+            kernels = read(files.paths[kind])
+        except MissingError as error:
+            judge.skip(EXPORT, f"precision.{kind}", str(error))
+            continue
+        wrong = [name for name, kernel in kernels.items() if kernel.promised and not kernel.integer]
+        integer = sum(kernel.integer for kernel in kernels.values())
+        judge.add(
+            EXPORT,
+            f"precision.{kind}",
+            not wrong,
+            f"{integer} of {len(kernels)} multiplications run in 8-bit integers on this CPU"
+            + (f"; promised, too, but not: {', '.join(wrong[:5])}." if wrong else "."),
+            layer=wrong[0] if wrong else None,
+            found=len(wrong),
+            limit=0,
+            unit="multiplications",
+            why="What the runtime does not recognise is computed in floating point: right, but slower than FP32.",
+        )
 
 
 def _problem(kind: str, path: Path, files: Files, checkpoint: str, trust_engine: bool) -> str | None:

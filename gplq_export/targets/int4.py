@@ -25,8 +25,9 @@ class Int4(Target):
 
     def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
         """[Add ->] [Mul ->] [Clip ->] QuantizeLinear -> DequantizeLinear; Clip if the type holds more codes."""
+        # Fewer than 4 bits need a Clip, which ONNX Runtime's optimisation cannot load in front of a 4-bit type.
         code_type = ir.DataType.INT8
-        if quantizer.bits <= 4:
+        if quantizer.bits == 4:
             code_type = ir.DataType.INT4 if quantizer.signed else ir.DataType.UINT4
         return quantize_dequantize(writer, quantizer, clipped(writer, quantizer), code_type)
 

@@ -4,10 +4,12 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gplq.errors import UsageError
 
 _TABLE = Path(__file__).with_suffix(".json")
+OLDEST_ONNXRUNTIME = "1.23"  # that our files were tried with; as in pyproject.toml
 _FLAVOURS = ("py3", "trtllm-python-py3")  # the first is the standard image
 
 
@@ -34,7 +36,7 @@ def triton_image(tag: str) -> TritonImage:
     Raises:
         UsageError: the tag is of another form, or the table has no such release.
     """
-    table = json.loads(_TABLE.read_text(encoding="utf-8"))
+    table = _read_table()
     releases = table["releases"]
     found = re.fullmatch(rf"(\d\d\.\d\d)(?:-({'|'.join(_FLAVOURS)}))?", tag)
     if found is None or found[1] not in releases:
@@ -45,6 +47,27 @@ def triton_image(tag: str) -> TritonImage:
     release, flavour = found[1], found[2] or _FLAVOURS[0]
     entry = releases[release]
     return TritonImage(release, flavour, entry.get(flavour), entry["onnxruntime"], table["source"], table["read"])
+
+
+def newest_image(tensorrt: str | None = None) -> TritonImage | None:
+    """The newest standard image that runs our ONNX files; and, if given, whose release has that version of TensorRT."""
+    for release in sorted(_read_table()["releases"], reverse=True):
+        image = triton_image(release)
+        theirs = release_tensorrt(image)
+        fits = tensorrt is None or (theirs is not None and same_version(tensorrt, theirs))
+        if fits and version_numbers(image.onnxruntime) >= version_numbers(OLDEST_ONNXRUNTIME):
+            return image
+    return None
+
+
+def release_tensorrt(image: TritonImage) -> str | None:
+    """The TensorRT of an image; of its release, if the table does not say it for the image; None if it says neither."""
+    releases = _read_table()["releases"]
+    return image.tensorrt or releases[image.release].get("trtllm-python-py3")
+
+
+def _read_table() -> Any:
+    return json.loads(_TABLE.read_text(encoding="utf-8"))
 
 
 def same_version(ours: str, theirs: str) -> bool:
