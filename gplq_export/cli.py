@@ -13,6 +13,7 @@ from gplq.errors import GateError, UsageError
 from gplq_export.engine import BuilderOptions
 
 if TYPE_CHECKING:
+    from gplq.checkpoint import Checkpoint
     from gplq.data import ImageSet
     from gplq_export.export import ExportResult
 
@@ -122,6 +123,7 @@ def _export(arguments: argparse.Namespace) -> None:
         batch=(arguments.batch_min, arguments.batch_opt, arguments.batch_max),
         compute_capabilities=arguments.sm or (),
         options=_builder_options(arguments),
+        reproduce=_reproduce(arguments, checkpoint),
         force=arguments.force,
     )
     print(f"wrote {arguments.out}")
@@ -135,6 +137,14 @@ def _export(arguments: argparse.Namespace) -> None:
         print(f"next, to check the numbers: gplq-export check {arguments.out} --data IMAGES")
     if result.problems:
         raise result.problems[0]
+
+
+def _reproduce(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> str:
+    from gplq_export.reproduce import script, typed
+
+    check = ["--no-labels"] * arguments.no_labels + ([f"--images={arguments.images}"] if arguments.images else [])
+    options = typed(_parser(), arguments, {"data", "images", "no_labels", "out", "force", "triton"})
+    return script(checkpoint, export=options, check=check, data=arguments.data)
 
 
 def _write_repository(arguments: argparse.Namespace, images: "ImageSet | None", result: "ExportResult") -> None:

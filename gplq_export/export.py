@@ -14,6 +14,7 @@
       model.pt                the checkpoint that all of it was made from
       reports/                what 'gplq-export check' found, see gplq_export.reports   (with images)
       reports/precision.*.txt what every linear and attention of an engine multiplies in
+      reproduce.sh            the commands that make all of it again            (from the command line)
       manifest.json           versions, hashes, bytes, precisions
 """
 
@@ -50,6 +51,7 @@ from gplq_export.reports.console import console
 from gplq_export.targets import TARGETS, Target
 from gplq_export.trace import trace
 
+REPRODUCE = "reproduce.sh"
 Say = Callable[[str], None]
 
 
@@ -91,6 +93,7 @@ def export(
     batch: tuple[int, int, int] = (1, 8, 32),
     compute_capabilities: tuple[int, ...] = (),
     options: BuilderOptions | None = None,
+    reproduce: str | None = None,
     force: bool = False,
     say: Say = print,
 ) -> ExportResult:
@@ -110,6 +113,7 @@ def export(
         batch: smallest, most likely and largest batch of the engines.
         compute_capabilities: GPUs to build for, such as (86, 89); empty: the builder's default.
         options: what else to ask of the builder.
+        reproduce: text of ``reproduce.sh``, see :mod:`gplq_export.reproduce`.
         force: replace ``out`` if it is the folder of an earlier export, or empty.
         say: where progress messages go.
 
@@ -152,6 +156,9 @@ def export(
             settings = EngineSettings(batch, compute_capabilities, options or BuilderOptions())
             _build(folder, {name: models[name] for name in built}, settings, result, say)
         _keep_checkpoint(checkpoint, folder, result)
+        if reproduce is not None:
+            write_text(folder / REPRODUCE, reproduce)
+            (folder / REPRODUCE).chmod(0o755)
         write_json(folder / "manifest.json", _manifest(checkpoint, result))
         if images is not None:
             _check(checkpoint, folder, images, forced_images, result, say)
@@ -174,7 +181,7 @@ def _is_ours(out: Path) -> bool:
         return not any(out.iterdir())
     if not isinstance(manifest, dict) or manifest.get("tool") != TOOL:
         return False
-    written = {"manifest.json", "reports", *manifest.get("files", {})}
+    written = {"manifest.json", "reports", REPRODUCE, *manifest.get("files", {})}
     for path in out.iterdir():
         # A checkpoint that was moved in here would be lost with the rest.
         ours = path.name in written and (path.name != CHECKPOINT or is_intact(out, manifest, CHECKPOINT))
@@ -321,12 +328,14 @@ def unfused(table: PrecisionTable) -> list[str]:
 
 def _manifest(checkpoint: Checkpoint, result: ExportResult) -> dict[str, Any]:
     bits = checkpoint.recipe
+    # What is golden is long, and stands in the checkpoint beside.
+    provenance = {key: value for key, value in checkpoint.provenance.items() if key != "golden"}
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": TOOL,
         "tool_version": __version__,
         **environment(),
-        "checkpoint": {"sha256": checkpoint.sha256, "provenance": checkpoint.provenance},
+        "checkpoint": {"sha256": checkpoint.sha256, "provenance": provenance},
         "input": {"name": "images", "shape": ["batch", *checkpoint.preprocessing.input_size], "dtype": "float32"},
         "outputs": result.outputs,
         "preprocessing": checkpoint.preprocessing.to_dict(),

@@ -63,7 +63,10 @@ def onnxruntime_kernels(path: Path) -> dict[str, Kernel]:
     options.log_severity_level = 4  # it warns that the optimised file is for this machine only
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        package.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            package.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no base in common
+            raise PrecisionError(f"ONNX Runtime cannot load {path.name}: {error}") from error
         optimised = ir.load(options.optimized_model_filepath).graph
     by_name = {node.name: node for node in optimised}
     by_output = {value.name: node for node in optimised for value in node.outputs}

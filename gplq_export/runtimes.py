@@ -1,4 +1,7 @@
-"""Where ONNX files run on a CPU: a serialised model -> a function from arrays by input name to its outputs in order."""
+"""Where ONNX files run on a CPU: a serialised model -> a function from arrays by input name to its outputs in order.
+
+That function, or what makes it, raises a UsageError if the runtime cannot run the model, or not on these arrays.
+"""
 
 import functools
 import importlib
@@ -9,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 
-from gplq.errors import MissingError, UsageError
+from gplq.errors import BuildError, MissingError, UsageError
 
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 Runtime = Callable[[bytes], Run]
@@ -61,14 +64,18 @@ def onnxruntime_session(model: bytes | str, level: Literal["DISABLE_ALL", "ENABL
     """An ONNX Runtime session on the CPU with that much of its graph optimisation.
 
     Raises:
-        MissingError: ONNX Runtime is not installed.
+        MissingError: ONNX Runtime is not installed. BuildError: it cannot load the model.
     """
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level}")
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False  # it never gives memory back, and a check has a dozen sessions
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # a type of its own for each status code
+        first_line = str(error).strip().splitlines()[0]
+        raise BuildError(f"ONNX Runtime {ort.__version__} cannot load the file: {first_line}") from error
 
 
 def reference_session(model: bytes | str) -> Any:

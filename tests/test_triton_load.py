@@ -114,6 +114,7 @@ def test_answers_of_another_kind_are_wrong() -> None:
 def test_a_client_gives_up() -> None:
     found = ask(Model(lost=1), seconds=60)
     assert (found.requests, found.lost, found.images_per_second) == (0, 10, 0)
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 @pytest.fixture

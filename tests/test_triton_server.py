@@ -27,6 +27,8 @@ from triton_server import ServerError, TritonServer, serve
 from gplq.checkpoint import Checkpoint
 from gplq.data import Preprocessing
 from gplq.errors import DataError, GateError, GplqError, MissingError, UsageError
+from gplq_export import cli
+from gplq_export.check.report import read_report
 from gplq_export.export import export
 from gplq_export.triton import client as client_command
 from gplq_export.triton import load as load_command
@@ -463,38 +465,60 @@ def under_load(server: TritonServer, folder: Path, event: Callable[[], object]) 
 
 
 def test_stub_killed_under_load(small: Path, exported: Path, images: np.ndarray, tmp_path: Path) -> None:
-    """What a back end does that crashes: clients get errors until the model is loaded anew."""
-    with serve(small, *EXPLICIT) as server:
-        [stub] = server.stubs()
-        errors = under_load(server, tmp_path, stub.kill)
-        for protocol in PROTOCOLS:
-            assert isinstance(errors[protocol], GateError), errors
-            [row] = json.loads((tmp_path / f"{protocol}.json").read_text(encoding="utf-8"))["served_latency"]
-            assert row["requests"] > 0
-            assert row["wrong"] == 0
-            assert row["lost"] >= 4
-            assert f"0 wrong and {row['lost']} lost" in str(errors[protocol])
-            assert all("is not healthy" in message for message in row["errors"]), row["errors"]
-        # The server believes that all is well: only requests show that it is not, and the count of those that failed.
-        assert server.metric("nv_inference_request_failure", model="tiny-cpu") >= 8
-        assert server.get("v2/health/ready")[0] == server.get("v2/models/tiny-cpu/ready")[0] == 200
-        assert control(server, "load", "tiny-cpu") is None  # which changes nothing
-        with TritonRun(server.grpc, "tiny-cpu", "grpc") as model:
-            with pytest.raises(MissingError, match="is not healthy"):
-                model({"images": images[:3]})
-            assert control(server, "unload", "tiny-cpu") is None
-            assert control(server, "load", "tiny-cpu") is None
-            np.testing.assert_array_equal(model({"images": images[:3]})[0], expected(exported, images[:3]))
-        server.stop(signal.SIGKILL)  # a server with a crashed back end does not end by itself
-        server.sweep()
-        assert server.leftovers() == []
+    """What a back end does that crashes: clients get errors until the model is loaded anew, and no wrong answer."""
+    survived = False
+    for _ in range(3):
+        with serve(small, *EXPLICIT) as server:
+            [stub] = server.stubs()
+            errors = under_load(server, tmp_path, stub.kill)
+            # A stub that dies while it holds a lock in shared memory may take the server with it. Then start again.
+            survived = server.process.poll() is None
+            if survived:
+                _check_losses(server, errors, tmp_path)
+                _check_recovery(server, images[:3], expected(exported, images[:3]))
+            server.stop(signal.SIGKILL)  # a server with a crashed back end does not end by itself
+            server.sweep()
+            assert server.leftovers() == []
+        if survived:
+            return
+        assert all("0 wrong and " in str(error) for error in errors.values()), errors
+    pytest.fail("the server died with its stub three times")
+
+
+def _check_losses(server: TritonServer, errors: dict[Protocol, GplqError], folder: Path) -> None:
+    for protocol in PROTOCOLS:
+        assert isinstance(errors[protocol], GateError), (errors, server.log())
+        [row] = json.loads((folder / f"{protocol}.json").read_text(encoding="utf-8"))["served_latency"]
+        assert row["requests"] > 0
+        assert row["wrong"] == 0
+        assert row["lost"] > 0
+        assert f"0 wrong and {row['lost']} lost" in str(errors[protocol])
+        assert all("is not healthy" in message for message in row["errors"]), row["errors"]
+
+
+def _check_recovery(server: TritonServer, images: np.ndarray, wanted: np.ndarray) -> None:
+    # The server believes that all is well: only requests show that it is not, and the count of those that failed.
+    assert server.get("v2/health/ready")[0] == server.get("v2/models/tiny-cpu/ready")[0] == 200
+    assert server.metric("nv_inference_request_failure", model="tiny-cpu") >= 2
+    assert control(server, "load", "tiny-cpu") is None  # which changes nothing
+    with TritonRun(server.grpc, "tiny-cpu", "grpc") as model:
+        with pytest.raises(MissingError, match="is not healthy"):
+            model({"images": images})
+        assert control(server, "unload", "tiny-cpu") is None
+        assert control(server, "load", "tiny-cpu") is None
+        np.testing.assert_array_equal(model({"images": images})[0], wanted)
 
 
 def test_server_killed_under_load(small: Path, exported: Path, images: np.ndarray, tmp_path: Path) -> None:
     with serve(small, *EXPLICIT) as server:
         errors = under_load(server, tmp_path, functools.partial(server.stop, signal.SIGKILL))
-        assert {type(error) for error in errors.values()} == {MissingError}
         for protocol in PROTOCOLS:
+            assert isinstance(errors[protocol], GateError), errors
+            [row] = json.loads((tmp_path / f"{protocol}.json").read_text(encoding="utf-8"))["served_latency"]
+            assert row["requests"] > 0
+            assert row["wrong"] == 0
+            assert row["lost"] >= 4  # each client gives up after some
+            assert all("no answer" in message for message in row["errors"]), row["errors"]
             with pytest.raises(MissingError, match="no answer"):
                 TritonRun(address(server, protocol), "tiny-cpu", protocol, timeout=5)
         server.sweep()
@@ -519,3 +543,23 @@ def test_plan_is_checked_against_its_sidecar(exported: Path, tmp_path: Path) -> 
     why = "specified max-batch 16 but TensorRT engine only supports max-batch 8"
     with pytest.raises(ServerError, match=why), serve(models, *flags):
         pass
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_check_puts_a_served_model_into_the_chain(
+    exported: Path, server: TritonServer, npz_file: Path, tmp_path: Path, protocol: Protocol
+) -> None:
+    def check(model: str) -> int:
+        address = server.grpc if protocol == "grpc" else server.http
+        arguments = ["check", str(exported / "model.cpu.onnx"), "--data", str(npz_file), "--forced-images", "8"]
+        arguments += ["--triton", address, "--model", model, "--report", str(tmp_path), "--require", "triton"]
+        return cli.main([*arguments, *(["--grpc"] if protocol == "grpc" else [])])
+
+    assert check("tiny-cpu") == 0
+    report = read_report(tmp_path / "parity.json")
+    served, direct = report.pair("served"), report.pair("cpu")
+    assert served is not None and direct is not None and served.found == direct.found
+    assert f"tiny-cpu on Triton at {server.grpc if protocol == 'grpc' else server.http}, {protocol}" in served.candidate
+    assert check("tiny-fp32") == 1  # the network without quantisers answers, too, but something else
+    assert {gate.pair for gate in read_report(tmp_path / "parity.json").failed} == {"served"}
+    assert check("nobody") == 2

@@ -244,6 +244,8 @@ def mean_estimate(total: float, squares: float, n: int) -> Estimate:
 def percentile_estimate(values: np.ndarray, share: float) -> Estimate:
     """The value below which a share of a population lies, with the 95 % interval that order statistics give.
 
+    An end that they cannot give, as there are too few values, is the smallest or largest of them.
+
     >>> estimate = percentile_estimate(np.arange(1000.0), 0.01)
     >>> (estimate.low, estimate.value, estimate.high)
     (3.0, 10.0, 17.0)

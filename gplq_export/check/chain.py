@@ -11,6 +11,7 @@ fp16.plan          the same                            model.fp16.plan, TensorRT
 int4               the checkpoint                      model.int4.onnx, ONNX Runtime without optimisation
 int4-optimised     that                                model.int4.onnx, ONNX Runtime with all optimisation
 cpu, openvino      the checkpoint                      the deployment file, in its runtime
+trt-int4 ...       the checkpoint                      what the engine is built from, ONNX Runtime, FP16
 trt-int4.plan ...  the checkpoint                      the engine, TensorRT
 served             the checkpoint                      a model on a Triton Inference Server
 =================  ==================================  =================================================
@@ -41,7 +42,7 @@ from gplq import __version__, golden
 from gplq.checkpoint import Checkpoint, frozen_quantizers
 from gplq.convert import units
 from gplq.data import ImageSet, batches
-from gplq.errors import GplqError, MissingError
+from gplq.errors import GplqError, MissingError, UsageError
 from gplq.files import sha256
 from gplq.models import FloatModel
 from gplq.provenance import environment
@@ -49,8 +50,8 @@ from gplq_export.check.capture import AnotherSummationOrder, Capture, HalfPrecis
 from gplq_export.check.forced import compare_forced
 from gplq_export.check.free import Comparison, Member, Seen, StateFile, array_member, compare, stream, torch_member
 from gplq_export.check.gates import Judge, Thresholds, read_thresholds
-from gplq_export.check.graph import Part, find_taps
-from gplq_export.check.report import Closeness, Data, Estimate, Flip, Layer, Pair, Report
+from gplq_export.check.graph import Part, check_graph, find_taps
+from gplq_export.check.report import Data, Estimate, Flip, Layer, Pair, Report
 from gplq_export.check.subject import Files, describe, judge_files, judge_precision
 from gplq_export.lowering import lower
 from gplq_export.onnx_file import read_onnx
@@ -240,13 +241,15 @@ class _Chain:
         self._judge_data()
         self._float()
         self._rounding()
+        self._judge_range()  # what does not fit is the cause of what the twin in FP16 gets wrong
         for kind in _TWINS:
             self._twin(kind)
         self._plans(twin=True)
-        self._judge_range()
         self._int4()
         for kind in DEPLOYMENTS:
             self._deployment(kind)
+        for kind in self._engine_graphs():
+            self._engine_graph(kind)
         self._plans(twin=False)
         self._served()
         if self.state is not None:
@@ -257,7 +260,7 @@ class _Chain:
 
     def _plan(self) -> None:
         files, few, on_all = self.files, self.on_few, self.on_all
-        self.skipped: dict[str, str] = {}
+        self.skipped: dict[str, str | GplqError] = {}
         few["rounding"] = self._compare("off", "torch", units=[name for name, _ in units(self.checkpoint.model)])
         if self.settings.float_model is not None:
             self.members["float"] = _module_member(self.settings.float_model.model)
@@ -272,11 +275,14 @@ class _Chain:
         for kind, back in DEPLOYMENTS.items():
             if kind not in files.paths:
                 continue
-            if self._member(kind, partial(self._whole, kind, back.runtime)):
+            marked = partial(self._marked, kind, back.runtime)
+            if self._member(f"{kind}-marked", marked) and self._member(kind, partial(self._whole, kind, back.runtime)):
                 on_all[kind] = self._compare("torch", kind)
-                self.members[f"{kind}-marked"] = self._marked(kind, back.runtime)
                 few[f"{kind}-marked"] = self._compare("torch", f"{kind}-marked", codes=self.quantizers)
                 few[f"{kind}-debug"] = self._compare(f"{kind}-marked", kind)
+        for kind in self._engine_graphs():
+            if self._member(kind, partial(self._whole, kind, onnxruntime_reference)):
+                few[kind] = self._compare("torch", kind)
         for kind in [kind for kind in files.paths if kind.endswith(".plan")]:
             if self._member(kind, partial(_engine_member, files.paths[kind], self.settings.trust_engine)):
                 target = few if kind == "fp16.plan" else on_all
@@ -296,24 +302,41 @@ class _Chain:
             few["floor-order"] = self._compare("torch", "torch-order", codes=self.quantizers)
         if any(each.reference in ("torch", "int4") and name != "float" for name, each in on_all.items()):
             on_all["floor-order"] = self._compare("torch", "torch-order", codes=self.quantizers)
-        if any(kind.endswith(".plan") for kind in on_all):
-            on_all["floor-half"] = self._compare("torch", "torch-half")
+        for table, half in (
+            (few, self._engine_graphs()),
+            (on_all, [kind for kind in on_all if kind.endswith(".plan")]),
+        ):
+            if any(kind in table for kind in half):
+                table["floor-half"] = self._compare("torch", "torch-half")
+
+    def _engine_graphs(self) -> list[str]:
+        """The kinds that engines with quantisers are built from."""
+        return [kind for kind in self.files.paths if kind.startswith("trt-") and not kind.endswith(".plan")]
 
     def _compare(self, reference: str, candidate: str, **layers: Iterable[str]) -> Comparison:
         return compare(reference, candidate, classifies=self.classifies, **layers)
 
     def _member(self, kind: str, make: Callable[[], Member]) -> bool:
-        """Add a member, if it can run here."""
+        """Add a member, if it can run here, and computes what has the right shapes."""
         file = kind.removesuffix("-optimised")
         if file in self.files.broken and file.endswith(".plan"):
             self.skipped[kind] = self.files.broken[file]
             return False
         try:
-            self.members[kind] = make()
+            member = make()
+            if not file.endswith(".plan"):  # which knows its shapes, and takes the batches that it was built for
+                _check_shapes(member, self.members["torch"], self.one)
         except GplqError as error:
-            self.skipped[kind] = str(error)
+            self.skipped[kind] = error
             return False
+        self.members[kind] = member
         return True
+
+    @cached_property
+    def one(self) -> Tensor:
+        """An image, [1, C, H, W]."""
+        inputs, _ = next(self.few.batches(1))
+        return inputs
 
     def _graph(self, kind: str) -> ir.Model:
         return read_onnx(self.files.paths[kind])
@@ -329,6 +352,7 @@ class _Chain:
     def _marked(self, kind: str, runtime: Runtime) -> Member:
         """A file with its codes as further outputs."""
         graph = self._graph(kind)
+        check_graph(graph, self.checkpoint.model)
         taps = find_taps(graph, frozen_quantizers(self.checkpoint.model))
         outputs = [str(value.name) for value in graph.graph.outputs]
         part = Part(graph, [INPUT], [*outputs, *(tap.tensor for tap in taps.values())], runtime)
@@ -396,20 +420,23 @@ class _Chain:
         found = self.on_all.get(comparison) or self.on_few.get(comparison)
         base = {"name": name, "reference": reference, "candidate": candidate, "file": file}
         if found is None:
-            reason = self.skipped.get(comparison, "not part of this export")
-            self.pairs.append(Pair(**base, skipped=reason))
-            self.judge.skip(name, "compared", reason)
+            reason = self.skipped.get(comparison) or self.skipped.get(f"{comparison}-marked", "not part of this export")
+            self.pairs.append(Pair(**base, skipped=str(reason)))
+            # What is missing on this machine proves nothing. What can run nowhere is wrong.
+            wrong = isinstance(reason, GplqError) and not isinstance(reason, MissingError)
+            self.judge.add(name, "compared", "failed" if wrong else "skipped", str(reason))
             return None
         outputs = found.outputs
         label, reference_said, candidate_said = (outputs.column(c) for c in ("label", "reference", "candidate"))
         wrong, right = reference_said != label, candidate_said == label
         labelled = self.source.labelled and self.classifies
-        source = self.source if comparison in self.on_all else self.few
+        whole = comparison in self.on_all
+        source = self.source if whole else self.few
         pair = Pair(
             **base,
             skipped=None,
             found=outputs.closeness(),
-            floor=None if floor is None else self._closeness(floor),
+            floor=None if floor is None else (self.on_all if whole else self.on_few)[floor].outputs.closeness(),
             floor_is=floor_is,
             reference_top=outputs.top("reference", self.checkpoint.spec.num_classes),
             candidate_top=outputs.top("candidate", self.checkpoint.spec.num_classes),
@@ -422,9 +449,6 @@ class _Chain:
         )
         self.pairs.append(pair)
         return pair
-
-    def _closeness(self, floor: str) -> Closeness:
-        return (self.on_all.get(floor) or self.on_few[floor]).outputs.closeness()
 
     def _flips(self, source: _Source, label: np.ndarray, reference: np.ndarray, candidate: np.ndarray) -> list[Flip]:
         if not self.classifies:
@@ -520,6 +544,13 @@ class _Chain:
             self.judge.forced(pair, pair.forced)
             self.judge.free(pair)
             self.judge.accuracy(pair, "back_end_drop")
+
+    def _engine_graph(self, kind: str) -> None:
+        """What an engine is asked to compute, on any machine; whether it does is for the plan to show."""
+        file = self.files.paths[kind].name
+        pair = self._pair(kind, kind, _CHECKPOINT, f"{file}, {_ORT}", file, "floor-half", HalfPrecision.words)
+        if pair is not None:
+            self.judge.free(pair)
 
     def _plans(self, *, twin: bool) -> None:
         for kind in [kind for kind in self.files.paths if kind.endswith(".plan") and (kind == "fp16.plan") == twin]:
@@ -677,7 +708,7 @@ class _Chain:
 
     def _fp32(self) -> ir.Model:
         """What engines are built from, in FP32."""
-        engines = [kind for kind in self.files.paths if kind.startswith("trt-") and not kind.endswith(".plan")]
+        engines = self._engine_graphs()
         return lower(trace(self.checkpoint), TARGETS[engines[0] if engines else "fp16"](ir.DataType.FLOAT), {})
 
 
@@ -690,6 +721,26 @@ def _debug(comparison: Comparison) -> str:
         f"marking tensors changes what is merged, and outputs by up to {closeness.max_difference:.2g}: layers are of a "
         "build of their own, outputs of the tested one"
     )
+
+
+@torch.inference_mode()
+def _check_shapes(candidate: Member, reference: Member, inputs: Tensor) -> None:
+    """Make sure that what two networks return can be compared.
+
+    Raises:
+        UsageError: it cannot, or the candidate cannot run.
+    """
+    found, expected = candidate(inputs), reference(inputs)
+    ours = {f"output {i}": tuple(y.shape) for i, y in enumerate(found.outputs)}
+    theirs = {f"output {i}": tuple(y.shape) for i, y in enumerate(expected.outputs)}
+    ours |= {f"the codes of {name}": codes.shape for name, codes in found.codes.items()}
+    theirs |= {f"the codes of {name}": expected.codes[name].shape for name in found.codes}
+    for what in {**theirs, **ours}:
+        if ours.get(what) != theirs.get(what):
+            raise UsageError(
+                f"{what}: {ours.get(what, 'missing')}, in PyTorch {theirs.get(what, 'missing')}: it is of another "
+                "network. Export again."
+            )
 
 
 def _module_member(model: nn.Module) -> Member:

@@ -5,6 +5,7 @@ report.html. Exit code 1 if a gate failed; 3 if something that --require names c
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from gplq.checkpoint import Checkpoint
     from gplq_export.check.report import Report
     from gplq_export.check.subject import Files
+    from gplq_export.runtimes import Run
 
 EPILOGS = ["example: gplq-export check dist --data images.npz", DATA]
 _GROUPS = {"trt": ".plan", "triton": "served"}
@@ -81,23 +83,18 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(files, arguments.checkpoint)
     images = _images(arguments, checkpoint)
     folder = arguments.report or files.folder / "reports"
-    served = None
-    if arguments.triton is not None:
-        from gplq_export.triton.client import TritonRun
-
-        run_served = TritonRun(arguments.triton, arguments.model, "grpc" if arguments.grpc else "http")
-        served = (f"{arguments.model} on Triton at {arguments.triton}, {run_served.protocol}", run_served)
-    settings = Settings(
-        forced_images=arguments.forced_images,
-        thresholds=thresholds,
-        expected_top1=arguments.expect_top1,
-        float_model=find_float_model(checkpoint, arguments.float),
-        served=served,
-        state=folder / ".check.npz",
-        trust_engine=arguments.trust_engine,
-        random=arguments.random is not None,
-    )
-    report = check(checkpoint, files, images, settings, say=lambda text: _write(text, sys.stderr))
+    with contextlib.ExitStack() as stack:
+        settings = Settings(
+            forced_images=arguments.forced_images,
+            thresholds=thresholds,
+            expected_top1=arguments.expect_top1,
+            float_model=find_float_model(checkpoint, arguments.float),
+            served=_served(arguments, stack),
+            state=folder / ".check.npz",
+            trust_engine=arguments.trust_engine,
+            random=arguments.random is not None,
+        )
+        report = check(checkpoint, files, images, settings, say=lambda text: _write(text, sys.stderr))
     report = _with_latency(arguments, files, report, thresholds)
     written = write_reports(report, folder)
     for line in console(report):
@@ -140,6 +137,16 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     ):
         if given and not present:
             raise UsageError(f"{flag} has no effect without {needed}.")
+
+
+def _served(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> "tuple[str, Run] | None":
+    """A served model, what to call it and a connection to it."""
+    if arguments.triton is None:
+        return None
+    from gplq_export.triton.client import TritonRun
+
+    run_served = stack.enter_context(TritonRun(arguments.triton, arguments.model, "grpc" if arguments.grpc else "http"))
+    return f"{arguments.model} on Triton at {arguments.triton}, {run_served.protocol}", run_served
 
 
 def _images(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> Any:

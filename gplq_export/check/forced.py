@@ -103,9 +103,9 @@ def compare_forced(
         images=done,
         quantizers=[codes.layer(name, "quantizer", None, codes.different(name) == 0) for name in taps],
         grid=on_grid,
-        linears=floats.linears,
-        floats=floats.sources,
-        outputs=floats.outputs,
+        linears=_largest(floats.linears),
+        floats=_largest(floats.sources),
+        outputs=_largest(floats.outputs),
         blocks=[
             blocks.layer(name, "block", None, share is not None and share.value <= block_limit)
             for name in parts
@@ -121,7 +121,7 @@ def _codes(part: Part, taps: Mapping[str, Tap], fed: Mapping[str, np.ndarray]) -
 
 
 class _Floats:
-    """Everything between quantisers, all codes fed: largest difference of each, relative to its channel's range."""
+    """Everything between quantisers, all codes fed: differences of each, relative to its channel's range, by batch."""
 
     def __init__(self, model: nn.Module, graph: ir.Model, taps: dict[str, Tap], runtime: Runtime) -> None:
         self.taps = taps
@@ -135,10 +135,9 @@ class _Floats:
         wanted = [name for name in dict.fromkeys(wanted) if name not in {INPUT, *types, *graph.graph.initializers}]
         inputs = sources(graph.graph, wanted, {*types, INPUT})
         self._part = Part(graph, inputs, wanted, runtime, types=types)
-        # What is never compared, because nothing comes, is not proven.
-        self.linears = dict.fromkeys(self._linears, math.nan)
-        self.sources = {name: math.nan for name, tap in taps.items() if tap.source in wanted}
-        self.outputs = dict.fromkeys(self._outputs, math.nan)
+        self.linears: dict[str, list[float]] = {name: [] for name in self._linears}
+        self.sources: dict[str, list[float]] = {name: [] for name, tap in taps.items() if tap.source in wanted}
+        self.outputs: dict[str, list[float]] = {name: [] for name in self._outputs}
 
     def add(self, inputs: Tensor, seen: Capture) -> None:
         """Compare a batch."""
@@ -147,12 +146,12 @@ class _Floats:
         for name, linear in self._linears.items():
             axis = 1 if linear.codes.ndim == 4 else -1
             expected = seen.linear_outputs[name] * self._factors[name]
-            _keep_largest(self.linears, name, _difference(answers[self._tensors[name]], expected, axis))
+            self.linears[name].append(_difference(answers[self._tensors[name]], expected, axis))
         for name in self.sources:
             expected = self.taps[name].as_in_graph(seen.inputs[name])
-            _keep_largest(self.sources, name, _difference(answers[self.taps[name].source], expected, -1))
+            self.sources[name].append(_difference(answers[self.taps[name].source], expected, -1))
         for name, output in zip(self._outputs, seen.outputs, strict=True):
-            _keep_largest(self.outputs, name, _difference(answers[name], output.numpy(), 1))
+            self.outputs[name].append(_difference(answers[name], output.numpy(), 1))
 
 
 def _difference(found: np.ndarray, expected: np.ndarray, axis: int) -> float:
@@ -163,9 +162,9 @@ def _difference(found: np.ndarray, expected: np.ndarray, axis: int) -> float:
     return float((np.abs(found - expected).max(others) / np.maximum(ranges, smallest)).max())
 
 
-def _keep_largest(table: dict[str, float], name: str, found: float) -> None:
-    known = table[name]
-    table[name] = found if math.isnan(known) else float(np.maximum(known, found))  # unlike max, keeps a NaN
+def _largest(differences: Mapping[str, list[float]]) -> dict[str, float]:
+    """Of all batches; NaN if one of them is, or if nothing was compared, which proves nothing."""
+    return {name: float(np.max(each)) if each else math.nan for name, each in differences.items()}
 
 
 def _compare_on_grid(

@@ -115,7 +115,7 @@ class StateFile:
         parts = {_prefix(name, part): part for name, each in comparisons.items() for part in each.parts}
         wanted = {prefix: {key: f"{prefix}{key}" for key in part.state()} for prefix, part in parts.items()}
         try:
-            with np.load(self.path, allow_pickle=False) as stored:
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 if str(stored["fingerprint"]) != self.fingerprint:
                     return 0
                 done = int(stored["done"])
@@ -124,7 +124,7 @@ class StateFile:
                 }
         except FileNotFoundError:
             return 0
-        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile):
             self.say(f"{self.path} cannot be read: starting anew")
             return 0
         for prefix, part in parts.items():

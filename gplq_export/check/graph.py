@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from torch import nn
 
-from gplq.convert import output_name
+from gplq.checkpoint import frozen_quantizers, integer_linears
+from gplq.convert import output_name, units
+from gplq.errors import UsageError
 from gplq.integer import FrozenQuantizer, IntegerLinear
 from gplq_export.passes.common import constant, only_reader
 from gplq_export.passes.fold_layer_scale import SCALED
@@ -52,6 +55,37 @@ class Tap:
         if not self.holds_codes:
             return codes.astype(np.float32) * self.scale
         return (codes.astype(np.int16) + self.offset).astype(_in_8_bits(self.code_type).numpy())
+
+
+def check_graph(graph: ir.Model, model: nn.Module) -> None:
+    """Make sure that a graph has the parts that are compared with a frozen model, and no more.
+
+    Raises:
+        UsageError: it has others: it is of another network, or was rewritten.
+    """
+    values = ir.convenience.create_value_mapping(graph.graph)
+    nodes = {node.name for node in graph.graph}
+    expected = [name for name, _ in units(model)]
+    try:
+        marks: dict[str, str] = json.loads(graph.metadata_props["gplq.marks"])
+        marked = {mark.rpartition(".")[0] for mark, tensor in marks.items() if tensor in values}
+    except (LookupError, ValueError, AttributeError, TypeError):
+        marked = set()
+    missing = [
+        *(
+            f"quantiser {name}"
+            for name in frozen_quantizers(model)
+            if values.keys().isdisjoint({codes_name(name), f"{name}.dequantized"})
+        ),
+        *(f"linear {name}" for name in integer_linears(model) if name not in nodes),
+        *(f"unit {name}" for name in expected if name not in marked),
+    ]
+    more = [f"unit {name}" for name in marked - {*expected}]
+    if missing or more:
+        raise UsageError(
+            f"the graph {'lacks' if missing else 'also has'} {(missing or more)[0]}: it is of another network, or was "
+            "rewritten. Export again."
+        )
 
 
 def find_taps(model: ir.Model, quantizers: Mapping[str, FrozenQuantizer]) -> dict[str, Tap]:

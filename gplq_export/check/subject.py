@@ -7,7 +7,7 @@ from typing import Any
 
 from gplq.checkpoint import Checkpoint, at_image_size, load_checkpoint
 from gplq.convert import structure_of
-from gplq.errors import MissingError, ModelError, UsageError
+from gplq.errors import MissingError, ModelError, PrecisionError, UsageError
 from gplq.files import sha256
 from gplq.models import WEIGHT_SUFFIXES, FloatModel, load_model
 from gplq_export.check.gates import Judge
@@ -46,13 +46,18 @@ class Files:
             named = [folder / name for name in manifest["files"]]
         else:
             named = list(paths)
+            if missing := [path for path in named if not path.is_file()]:
+                raise UsageError(f"{missing[0]} does not exist: name the folder of an export, or files of it.")
             folders = {path.parent for path in named}
             folder = folders.pop()
             if folders:
                 raise UsageError("files to check must lie in one folder, that of their export.")
             if (folder / "manifest.json").exists():
                 manifest = read_manifest(folder)
-        found = {_kind(path): path for path in named if path.suffix in (".onnx", ".plan")}
+        found: dict[str, Path] = {}
+        for path in named:
+            if path.suffix in (".onnx", ".plan") and (other := found.setdefault(_kind(path), path)) != path:
+                raise UsageError(f"{path} and {other.name} are both for {_kind(path)}: one is a copy. Export again.")
         if not found:
             raise UsageError(f"{folder} holds neither ONNX files nor plans.")
         return cls(found, manifest)
@@ -170,6 +175,9 @@ def judge_precision(files: Files, judge: Judge) -> None:
             kernels = read(files.paths[kind])
         except MissingError as error:
             judge.skip(EXPORT, f"precision.{kind}", str(error))
+            continue
+        except PrecisionError as error:
+            judge.add(EXPORT, f"precision.{kind}", False, str(error))
             continue
         wrong = [name for name, kernel in kernels.items() if kernel.promised and not kernel.integer]
         integer = sum(kernel.integer for kernel in kernels.values())

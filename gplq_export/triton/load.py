@@ -104,11 +104,11 @@ def load(
         futures = [threads.submit(client, number) for number in range(concurrency)]
         try:
             time.sleep(max(0.0, start - time.perf_counter()))
-            before = observer.statistics()
+            before = _statistics(observer)
             tallies = [future.result() for future in futures]
         finally:
             stop.set()
-        server = _per_request(before, observer.statistics())
+        server = _per_request(before, _statistics(observer))
     latencies, errors = Latencies(), Counter[str]()
     for tally in tallies:
         latencies.counts += tally.latencies.counts
@@ -160,10 +160,18 @@ def _difference(answer: np.ndarray, expected: np.ndarray) -> float:
     return math.inf if math.isnan(difference) else difference
 
 
+def _statistics(model: TritonRun) -> dict[str, int]:
+    """Empty if the server is gone: then what the clients have seen is the result."""
+    try:
+        return model.statistics()
+    except MissingError:
+        return {}
+
+
 def _per_request(before: dict[str, int], after: dict[str, int]) -> dict[str, float]:
-    """What the server says of the time between two looks at its statistics."""
-    grown = {key: after[key] - before[key] for key in before}
-    if min(grown["requests"], grown["runs"]) <= 0:  # nothing answered, or the model was loaded anew in between
+    """What the server says of the time between two looks at its statistics; empty if it does not."""
+    grown = {key: after[key] - before[key] for key in before.keys() & after.keys()}
+    if not grown or min(grown["requests"], grown["runs"]) <= 0:  # nothing answered, or the model was loaded anew
         return {}
     return {
         "mean_batch": round(grown["images"] / grown["runs"], 3),

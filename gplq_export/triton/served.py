@@ -72,6 +72,12 @@ class Served:
         return self.requests * self.batch / self.seconds if self.requests else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
-        rounded = {key: round(value, 4) for key, value in self.latency_ms.items()}
-        return {**vars(self), "latency_ms": rounded, "images_per_second": round(self.images_per_second, 2)}
+        """All of it, ready for JSON, which has no infinity: a difference that is no number is None."""
+        content = {**vars(self), "images_per_second": round(self.images_per_second, 2)}
+        content["latency_ms"] = {key: _finite(value) for key, value in self.latency_ms.items()}
+        content["largest_difference"] = _finite(self.largest_difference)
+        return content
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
