@@ -190,8 +190,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--repeats {arguments.repeats}: a verdict needs at least {ENOUGH}.")
     if arguments.plot is not None:
         _check_plot(arguments.plot)
-    # PyTorch's threads would wait actively and take the time of whoever is timed next; read when it is imported.
-    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
     shape = input_shape(arguments.folder, read_manifest(arguments.folder))
     threads = arguments.threads or _usable_cpus()
     settings = Settings(threads, arguments.repeats, float(arguments.seconds), arguments.rounds, shape)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,9 @@ ENGINES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``gplq-export``; returns the exit code."""
+    # PyTorch's threads would wait actively and take the time of the runtime that is next; read when it is imported.
+    for variable, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "0")):
+        os.environ.setdefault(variable, value)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in COMMANDS:
         return run_command(_command(arguments[0]), arguments[1:])

@@ -57,6 +57,7 @@ def onnxruntime_kernels(path: Path) -> dict[str, Kernel]:
 
     Raises:
         MissingError: ONNX Runtime is not installed.
+        PrecisionError: ONNX Runtime cannot load the file.
     """
     package = onnxruntime()
     options = package.SessionOptions()

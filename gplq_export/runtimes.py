@@ -70,6 +70,8 @@ def onnxruntime_session(model: bytes | str, level: Literal["DISABLE_ALL", "ENABL
     options = ort.SessionOptions()
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level}")
     options.log_severity_level = 3
+    # Threads that wait actively take the time of whoever is next: PyTorch, or another session.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.enable_cpu_mem_arena = False  # it never gives memory back, and a check has a dozen sessions
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -428,8 +428,10 @@ class _Chain:
             return None
         outputs = found.outputs
         label, reference_said, candidate_said = (outputs.column(c) for c in ("label", "reference", "candidate"))
-        wrong, right = reference_said != label, candidate_said == label
-        labelled = self.source.labelled and self.classifies
+        lost, won = 0, 0
+        if self.source.labelled and self.classifies:
+            before, after = reference_said == label, candidate_said == label
+            lost, won = int((before & ~after).sum()), int((~before & after).sum())
         whole = comparison in self.on_all
         source = self.source if whole else self.few
         pair = Pair(
@@ -440,8 +442,8 @@ class _Chain:
             floor_is=floor_is,
             reference_top=outputs.top("reference", self.checkpoint.spec.num_classes),
             candidate_top=outputs.top("candidate", self.checkpoint.spec.num_classes),
-            lost=int((~wrong & ~right).sum()) if labelled else 0,
-            won=int((wrong & right).sum()) if labelled else 0,
+            lost=lost,
+            won=won,
             flips=self._flips(source, label, reference_said, candidate_said),
             layers=layers or [],
             scatter=[(float(a), float(b)) for a, b in np.concatenate(outputs.scatter)],

@@ -107,12 +107,16 @@ def raise_failures(report: "Report", require: tuple[str, ...] = ()) -> None:
     """Turn what failed into the error that ends a command.
 
     Raises:
-        GateError: a gate failed. MissingError: a required pair was skipped. UsageError: there is no such pair.
+        GateError: a gate failed. MissingError: a required pair was skipped, or every file. UsageError: there is no such
+            pair.
     """
     from gplq_export.check.report import failure
 
     if report.failed:
         raise GateError(failure(report))
+    skipped = [pair.skipped for pair in report.pairs if pair.file is not None]
+    if skipped and skipped[0] is not None and None not in skipped and report.pair("served") is None:
+        raise MissingError(f"no file could be compared: {skipped[0]}")
     for name in require:
         wanted = [pair for pair in report.pairs if pair.name == name or _GROUPS.get(name, "?") in pair.name]
         if not wanted:

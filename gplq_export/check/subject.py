@@ -115,8 +115,8 @@ def find_float_model(checkpoint: Checkpoint, given: str | None = None) -> FloatM
         found = load_model(
             source,
             arch=spec.architecture if is_file else None,
-            model_args=spec.model_args if is_file else None,
-            num_classes=spec.num_classes if is_file else None,
+            model_args=spec.model_args,
+            num_classes=spec.num_classes if is_file or spec.num_classes == 0 else None,
         )
     except ModelError:
         if given:
