@@ -114,7 +114,7 @@ def test_console() -> None:
     lines = console(make_report())
     assert lines[0].startswith("FAILED. 7 gates: 3 passed, 2 failed, 1 skipped, 1 reported.")
     text = "\n".join(lines)
-    assert "  trt-int4.plan  skipped: no NVIDIA GPU on this machine" in lines
+    assert "  trt-int4.plan  not compared: no NVIDIA GPU on this machine" in lines
     assert "same label 98.80 (98.00 to 99.30) %" in text
     assert "top-1 91.20 → 91.20 (89.30 to 92.80) %, 2 lost, 1 won" in text
     assert "outside their band: blocks.2.attn.proj.input_quantizer, blocks.4.mlp" in text

@@ -28,7 +28,7 @@ def _lines(report: Report) -> Iterator[str]:
     width = max((len(pair.name) for pair in report.pairs), default=0)
     for pair in report.pairs:
         if pair.skipped:
-            yield f"  {pair.name:{width}}  skipped: {pair.skipped}"
+            yield f"  {pair.name:{width}}  not compared: {pair.skipped}"
             continue
         yield f"  {pair.name:{width}}  {pair.reference} → {pair.candidate}: {compared(pair)}"
         if accuracy := top1(pair):
