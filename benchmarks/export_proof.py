@@ -30,6 +30,7 @@ from gplq.models import FloatModel, ModelSpec
 from gplq.pipeline import quantize
 from gplq.provenance import environment
 from gplq_export.export import ExportResult, export
+from gplq_export.reports.words import compared
 
 ENGINES = ("int4", "int8", "fp8", "fp16")
 
@@ -62,24 +63,26 @@ def measure(checkpoint: Checkpoint, arguments: argparse.Namespace, folder: Path)
 
 
 def summary(result: ExportResult) -> dict[str, Any]:
-    """The part of a manifest that a table wants."""
+    """The part of a manifest and of a report that a table wants."""
     bytes_of = {name: entry["bytes"] for name, entry in result.files.items()}
     engines = {
         name: {
             "precision": table.summary() if (table := result.precision.get(name)) else None,
             "unfused": sorted({row.note for row in table.of("attention") if row.note}) if table else [],
-            "layers": len(report.layers),
-            "plan_bytes": report.plan_bytes,
-            "build_seconds": round(report.build_seconds, 2),
-            "backend": f"{report.backend} {report.backend_version}",
+            "layers": len(built.layers),
+            "plan_bytes": built.plan_bytes,
+            "build_seconds": round(built.build_seconds, 2),
+            "backend": f"{built.backend} {built.backend_version}",
         }
-        for name, report in result.engines.items()
+        for name, built in result.engines.items()
     }
+    report = result.report
+    assert report is not None  # there were images
     return {
         "bytes": bytes_of,
         "int4_over_fp32": round(bytes_of["model.int4.onnx"] / bytes_of["model.fp32.onnx"], 4),
-        "parity": {name: report.summary() for name, report in result.parity.items()},
-        "fp16_range": {name: report.summary() for name, report in result.ranges.items()},
+        "parity": {pair.name: pair.skipped or compared(pair) for pair in report.pairs},
+        "gates": {gate.id: gate.sentence for gate in report.gates if gate.status in ("passed", "failed")},
         "engines": engines,
         "problems": [str(problem) for problem in result.problems],
     }

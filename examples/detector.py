@@ -207,8 +207,9 @@ def run(out: Path, *, train_batches: int, epochs: int, test_batches: int, force:
     assert recall(detector, test) == quantized_recall  # the file holds the same backbone, bit for bit
     exported = export(loaded, out / "onnx", images=body_inputs(detector, test), force=force)
     print(f"outputs: {exported.outputs}")
-    for name, count in exported.parity["int4"].blocks.items():
-        print(f"  {name}: {count.different:,} of {count.total:,} codes differ for the same input")
+    pair = exported.report.pair("int4") if exported.report else None
+    for block in pair.forced.blocks if pair and pair.forced else ():
+        print(f"  {block.name}: {block.different:,} of {block.total:,} codes differ for the same input")
     return Outcome(float_recall, quantized_recall, exported)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gplq.checkpoint import load_checkpoint
+from gplq_export.check.report import Estimate, Layer, Report, read_report
+from gplq_export.reports.words import verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = Path("calib/fashion_mnist/vit")
@@ -46,8 +48,8 @@ def main() -> None:
     export = ["gplq-export", str(OUT / "model.pt"), "--int4", "--trt", "--data", str(DATA)]
     run(*export, "--out", str(OUT / "dist"), "--force", accept=(0, 3))
     print(f"\n{table()}\nwhole demo: {time.monotonic() - started:.0f} s")
-    print(f"\nPicture of the error, layer by layer: {OUT / 'dist/reports/layers.svg'}")
-    print(f"Everything as data: {OUT / 'dist/manifest.json'}")
+    print(f"\nThe whole report, the error layer by layer included: {OUT / 'dist/reports/report.html'}")
+    print(f"Everything as data: {OUT / 'dist/reports/parity.json'} and {OUT / 'dist/manifest.json'}")
 
 
 def table() -> str:
@@ -55,33 +57,44 @@ def table() -> str:
     naive = load_checkpoint(ROOT / OUT / "naive.pt").provenance["top1"]
     gplq = load_checkpoint(ROOT / OUT / "model.pt").provenance["top1"]
     manifest = json.loads((ROOT / OUT / "dist" / "manifest.json").read_text(encoding="utf-8"))
-    parity = manifest["parity"]["int4"]
-    rows = [(f"top-1, n = {parity['images']}, 95 % interval", "")]
+    report = read_report(ROOT / OUT / "dist" / "reports" / "parity.json")
+    rows = [(f"top-1, n = {report.data.images}, 95 % interval", "")]
     rows += [
-        (f"  {name}", show(accuracy))
-        for name, accuracy in (
-            ("FP32", gplq["FP32"]),
-            ("W4A4, plain rounding", naive["W4A4"]),
-            ("W32A4, after Stage 1", gplq["W32A4"]),
-            ("W4A4, after Stage 2", gplq["W4A4"]),
-            ("W4A4, ONNX Runtime", parity["onnx_top1"]),
+        (f"  {name}", show(estimate))
+        for name, estimate in (
+            ("FP32", stored(gplq["FP32"])),
+            ("W4A4, plain rounding", stored(naive["W4A4"])),
+            ("W32A4, after Stage 1", stored(gplq["W32A4"])),
+            ("W4A4, after Stage 2", stored(gplq["W4A4"])),
         )
     ]
-    rows += [
-        ("PyTorch against ONNX Runtime", ""),
-        ("  same label", show(parity["agreement"])),
-        ("  same label, PyTorch against itself *", show(parity["noise_floor"])),
-        ("  equal codes, same input", equal_codes(parity["quantizers_forced"])),
-        ("  linears, same input, largest difference", f"{max(parity['linears_forced'].values()):.1e} of the output"),
-        ("  equal codes, same block input", equal_codes(parity["blocks_forced"])),
-        ("  equal codes, free-running", equal_codes(parity["quantizers_free"])),
-    ]
+    found = verdict(report)
     return "\n".join(
         [
-            render(rows + size_rows(manifest) + deployment_rows(manifest)),
+            render(rows + parity_rows(report) + size_rows(manifest) + deployment_rows(manifest, report)),
             "* with another order of summation: the noise floor",
+            f"{found.word}. {' '.join(found.sentences)}",
         ]
     )
+
+
+def parity_rows(report: Report) -> list[tuple[str, str]]:
+    """The portable file against PyTorch."""
+    pair = report.pair("int4")
+    if pair is None or pair.skipped:
+        return [("PyTorch against ONNX Runtime", f"skipped: {pair.skipped if pair else 'no such file'}")]
+    found, floor, forced = pair.found, pair.floor, pair.forced
+    assert found and floor and forced and pair.candidate_top and found.agreement and floor.agreement
+    return [
+        ("  W4A4, ONNX Runtime", show(pair.candidate_top.top1)),
+        ("PyTorch against ONNX Runtime", ""),
+        ("  same label", show(found.agreement)),
+        ("  same label, PyTorch against itself *", show(floor.agreement)),
+        ("  equal codes, same input", equal_codes(forced.quantizers)),
+        ("  linears, same input, largest difference", f"{max(forced.linears.values()):.1e} of the output"),
+        ("  equal codes, same block input", equal_codes(forced.blocks)),
+        ("  equal codes, free-running", equal_codes(pair.layers)),
+    ]
 
 
 def size_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -98,12 +111,13 @@ def size_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     return rows + [(f"    {name}", f"{size:,}") for name, size in parts.items()]
 
 
-def deployment_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+def deployment_rows(manifest: dict[str, Any], report: Report) -> list[tuple[str, str]]:
     """What runs in which arithmetic, read back; and what could not be built."""
-    kernels, parity = manifest["kernels"].get("cpu", {}), manifest["parity"]["cpu"]
+    kernels, pair = manifest["kernels"].get("cpu", {}), report.pair("cpu")
     integer = f"{sum(kernel['integer'] for kernel in kernels.values())} of {len(kernels)} multiplications in integers"
     rows = [("deployment", ""), ("  cpu", f"ONNX Runtime {manifest['versions']['onnxruntime']}: {integer}")]
-    rows.append(("", f"equal codes, same input {equal_codes(parity['quantizers_forced'])}"))
+    if pair is not None and pair.forced is not None:
+        rows.append(("", f"equal codes, same input {equal_codes(pair.forced.quantizers)}"))
     for name, engine in manifest["engines"].items():
         built = f"{engine['backend']} {engine['backend_version']}, {engine['plan_bytes']:,} bytes"
         rows.append((f"  {name}", f"{built}, {engine['build_seconds']:.1f} s"))
@@ -112,16 +126,21 @@ def deployment_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def show(accuracy: dict[str, Any]) -> str:
-    """An accuracy with its interval."""
+def stored(accuracy: dict[str, Any]) -> Estimate:
+    """An accuracy as a checkpoint has it."""
     low, high = accuracy["interval"]
-    return f"{accuracy['percent']:6.2f} %  [{low:.2f}, {high:.2f}]"
+    return Estimate(value=accuracy["percent"], low=low, high=high, n=accuracy["n"])
 
 
-def equal_codes(counts: dict[str, Any]) -> str:
+def show(estimate: Estimate) -> str:
+    """An accuracy with its interval."""
+    return f"{estimate.value:6.2f} %  [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
+def equal_codes(layers: list[Layer]) -> str:
     """Equal codes of all layers together."""
-    total = sum(count["total"] for count in counts.values())
-    different = sum(count["different"] for count in counts.values())
+    total = sum(layer.total for layer in layers)
+    different = sum(layer.different for layer in layers)
     return f"{100 * (1 - different / total):.4f} %  ({different:,} of {total:,} differ)"
 
 

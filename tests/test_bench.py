@@ -234,7 +234,12 @@ def test_usage_errors(exported: Path, quantised: Quantised, tmp_path: Path) -> N
     fails(r"must end in \.svg or \.png", exported, "--plot", "bench.txt")
     (tmp_path / "manifest.json").write_text('{"tool": "other"}', encoding="utf-8")
     fails("no readable manifest", tmp_path)
-    manifest = {"tool": "gplq-export", "schema_version": "3.0", "files": {"../a.onnx": {"sha256": "0"}}, "input": {"shape": ["batch", 1, 2, 2]}}
+    manifest = {
+        "tool": "gplq-export",
+        "schema_version": "3.0",
+        "files": {"../a.onnx": {"sha256": "0"}},
+        "input": {"shape": ["batch", 1, 2, 2]},
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     fails("was altered", tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"files": {}, "input": {}}), encoding="utf-8")

@@ -17,6 +17,7 @@ from gplq.errors import CheckpointError
 from gplq.models import FloatModel
 from gplq.pipeline import quantize
 from gplq.recipe import Recipe
+from gplq_export.check.report import read_report
 from gplq_export.cli import main
 
 WEIGHT, BIAS = "blocks.1.compensation.weight", "blocks.1.compensation.bias"
@@ -117,5 +118,7 @@ def test_compensated_checkpoint_exports_with_parity(compensated: Path, npz_file:
     assert main([str(compensated), "--int4", "--out", str(out), "--data", str(npz_file)]) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["problems"] == []
-    assert manifest["parity"]["int4"]["images"] == 64
-    assert manifest["parity"]["int4"]["failures"] == []
+    report = read_report(out / "reports" / "parity.json")
+    assert (report.failed, report.data.images) == ([], 64)
+    pair = report.pair("int4")
+    assert pair is not None and pair.skipped is None

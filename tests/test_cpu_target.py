@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from check_fixture import check_graph, failed, feed, replaced
 from numpy.typing import NDArray
 
 from gplq import stage2
@@ -21,7 +22,6 @@ from gplq.models import ModelSpec
 from gplq.recipe import Recipe
 from gplq_export.kernels import Kernel, check_kernels, onnxruntime_kernels, openvino_kernels
 from gplq_export.lowering import lower
-from gplq_export.parity import compare
 from gplq_export.runtimes import Runtime, onnxruntime_optimised, openvino_optimised, reference_session
 from gplq_export.targets import Cpu, Int4, OpenVino, Target
 from gplq_export.trace import is_dialect, node_name, trace
@@ -125,15 +125,19 @@ def test_openvino_multiplies_everything_in_integers(family: Family, file: Callab
     ("target", "runtime", "ties"), [(Cpu, onnxruntime_optimised, False), (OpenVino, openvino_optimised, True)]
 )
 def test_optimised_file_computes_what_pytorch_did(
-    family: Family, target: type[Target], runtime: Runtime, ties: bool
+    family: Family, target: type[Target], runtime: Runtime, ties: bool, tmp_path: Path
 ) -> None:
     if ties:
         pytest.importorskip("openvino")
     model = lower(family.dialect, target(), {})
-    report = compare(family.checkpoint.model, model, [family.images], forced_images=2, runtime=runtime, ties=ties)
-    assert report.failures() == []
-    assert report.forced_equal().total > 100_000
-    assert len(report.linears) == len(integer_linears(family.checkpoint.model))
+    forced = feed(family.checkpoint.model, model, [family.images], runtime=runtime, ties=ties)
+    assert failed(forced) == []
+    assert sum(layer.total for layer in forced.quantizers) > 100_000
+    assert len(forced.linears) == len(integer_linears(family.checkpoint.model))
+    report = check_graph(family.checkpoint, model, [family.images], tmp_path)
+    assert [gate for gate in report.failed if ".free." in gate.id] == []
+    pair = report.pair(target.name)
+    assert pair is not None and pair.found is not None and pair.found.n == 2
 
 
 def test_file_is_the_same_at_every_level_of_optimisation_and_batch(dialect: ir.Model, probe: torch.Tensor) -> None:
@@ -145,15 +149,18 @@ def test_file_is_the_same_at_every_level_of_optimisation_and_batch(dialect: ir.M
     assert np.array_equal(np.stack(one), expected)
 
 
-def test_parity_of_the_cpu_file_sees_a_wrong_scale(checkpoint: Checkpoint, dialect: ir.Model, probe: Any) -> None:
-    for name, kind in (("blocks.0.mlp.fc1.linear.weight_scale", "linear"), ("blocks.1.attn.qk.a_quantizer", "codes")):
-        model = lower(dialect, Cpu(), {})
-        name = name if kind == "linear" else f"{name}.scale"
-        value = model.graph.initializers[name]
-        assert value.const_value is not None
-        value.const_value = ir.Tensor((value.const_value.numpy() * 1.01).astype(np.float32), name=name)
-        failures = compare(checkpoint.model, model, [probe], runtime=onnxruntime_optimised).failures()
-        assert any(kind in failure for failure in failures)
+@pytest.mark.parametrize(
+    ("metric", "layer", "tensor"),
+    [("linears", "blocks.0.mlp.fc1.linear", "weight_scale"), ("codes", "blocks.1.attn.qk.a_quantizer", "scale")],
+)
+def test_check_of_the_cpu_file_sees_a_wrong_scale(
+    checkpoint: Checkpoint, dialect: ir.Model, probe: torch.Tensor, metric: str, layer: str, tensor: str
+) -> None:
+    def scale(array: NDArray[Any]) -> None:
+        array *= np.float32(1.01)
+
+    model = replaced(lower(dialect, Cpu(), {}), f"{layer}.{tensor}", scale)
+    assert failed(feed(checkpoint.model, model, [probe], runtime=onnxruntime_optimised))[0] == (metric, layer)
 
 
 def test_ties_excuse_no_wrong_range(checkpoint: Checkpoint, dialect: ir.Model, probe: torch.Tensor) -> None:
@@ -164,8 +171,8 @@ def test_ties_excuse_no_wrong_range(checkpoint: Checkpoint, dialect: ir.Model, p
         value = model.graph.initializers[name]
         assert value.const_value is not None
         value.const_value = ir.Tensor((value.const_value.numpy() * 1.001).astype(np.float32), name=name)
-    report = compare(checkpoint.model, model, [probe], runtime=openvino_optimised, ties=True)
-    assert "blocks.1.mlp.fc1.input_quantizer" in report.failures()[0]
+    forced = feed(checkpoint.model, model, [probe], runtime=openvino_optimised, ties=True)
+    assert failed(forced)[0] == ("codes", "blocks.1.mlp.fc1.input_quantizer")
 
 
 def test_weights_take_four_bits_and_the_edges_survive_sixteen_bit_sums(

@@ -94,9 +94,12 @@ def test_stage1_learns_from_the_losses_of_the_detector(detector: RetinaNet) -> N
 def test_example_goes_from_training_to_a_checked_export(tmp_path: Path) -> None:
     outcome = example.run(tmp_path, train_batches=5, epochs=1, test_batches=1)
     assert outcome.exported.problems == []
-    parity = outcome.exported.parity["int4"]
-    assert (parity.agreement.n, parity.forced_equal().different) == (8, 0)
-    assert list(parity.blocks) == [
+    report = outcome.exported.report
+    assert report is not None and report.failed == []
+    pair = report.pair("int4")
+    assert pair is not None and pair.found is not None and pair.forced is not None
+    assert (pair.found.n, sum(layer.different for layer in pair.forced.quantizers)) == (8, 0)
+    assert [layer.name for layer in pair.forced.blocks] == [
         "stem",
         "model.layers.0.blocks.0",
         "model.layers.0.blocks.1",

@@ -22,10 +22,13 @@ from gplq.checkpoint import Checkpoint
 from gplq.errors import BuildError, MissingError
 from gplq.files import sha256
 from gplq_export import engine
+from gplq_export.check.report import read_report
 from gplq_export.cli import main
+from gplq_export.reports.console import console
 from gplq_export.targets import TARGETS, GraphWriter, Int4, Quantizer, Weight
 
 ONNX_FILES = ["model.cpu.onnx", "model.fp16.onnx", "model.fp32.onnx", "model.int4.onnx"]
+FILES = [*ONNX_FILES, "model.pt"]
 
 
 def tree(folder: Path) -> list[str]:
@@ -53,29 +56,38 @@ def no_builder(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_complete_export(
     command: list[str], quantised: Quantised, npz_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
     assert main([*command, "--data", str(npz_file)]) == 0
     out = tmp_path / "dist"
-    reports = ["reports/layers.png", "reports/layers.svg", "reports/parity.json"]
-    assert tree(out) == sorted([*ONNX_FILES, "manifest.json", *reports])
+    reports = ["parity.json", "parity.junit.xml", "report.html", "report.md"]
+    assert tree(out) == sorted([*FILES, "manifest.json", "reproduce.sh", *(f"reports/{name}" for name in reports)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dist"]
     manifest = manifest_of(out)
-    assert sorted(manifest["files"]) == ONNX_FILES
-    assert manifest["schema_version"] == "2.0"
+    assert sorted(manifest["files"]) == FILES
+    assert manifest["schema_version"] == "3.0"
+    assert (out / "model.pt").read_bytes() == quantised.path.read_bytes()
     assert manifest["checkpoint"]["sha256"] == sha256(quantised.path)
     assert manifest["input"]["shape"] == ["batch", 1, 16, 16]
     assert manifest["outputs"][0]["shape"] == ["batch", 4]
     assert manifest["label_names"] == ["bottom-left", "bottom-right", "top-left", "top-right"]
     assert manifest["problems"] == []
     assert manifest["engines"] == {}
-    assert json.loads((out / "reports" / "parity.json").read_text())["files"] == manifest["parity"]
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert list(manifest["parity"]) == ["int4", "cpu"]
-    for name, report in manifest["parity"].items():
-        assert (report["images"], report["failures"]) == (64, [])
-        forced = sum(count["total"] for count in report["quantizers_forced"].values())
-        assert f"model.{name}.onnx against PyTorch: 0 of {forced:,} codes differ for the same input" in printed.out
+    report = read_report(out / "reports" / "parity.json")
+    assert (report.failed, report.data.images) == ([], 64)
+    assert {pair.name for pair in report.pairs if pair.skipped is None} == {
+        "float", "rounding", "twin-fp32", "twin-fp16", "int4", "int4-optimised", "cpu",
+    }  # fmt: skip
+    for name in ("int4", "cpu"):
+        pair = report.pair(name)
+        assert pair is not None and pair.found is not None and pair.forced is not None
+        assert (pair.found.n, pair.forced.images) == (64, 64)
+        assert sum(layer.different for layer in pair.forced.quantizers) == 0
+    # What the folder says of its files is what the check saw, and what the command printed.
+    assert {name: entry.sha256 for name, entry in report.subject.files.items()} == {
+        name: manifest["files"][name]["sha256"] for name in ONNX_FILES
+    }
+    assert all(line in printed.out for line in console(report))
     kernels = manifest["kernels"]["cpu"]
     assert all(kernel["integer"] and kernel["promised"] for kernel in kernels.values())
     assert len(kernels) == 2 * (6 + 2) + 2  # linears and products of two blocks, patch embedding, classifier
@@ -94,7 +106,11 @@ def test_another_image_size(
     embedding = resample_abs_pos_embed(checkpoint.model.pos_embed, [6, 6], num_prefix_tokens=1)  # type: ignore[arg-type]
     stored = [value.const_value.numpy() for value in model.graph.initializers.values() if value.const_value is not None]
     assert any(np.array_equal(array, embedding.detach().numpy()) for array in stored)
-    assert "0 of " in capsys.readouterr().out
+    assert "PASSED. " in capsys.readouterr().out
+    report = read_report(tmp_path / "dist" / "reports" / "parity.json")
+    float_pair, reference = report.pair("float"), report.pair("int4")
+    assert reference is not None and reference.skipped is None
+    assert float_pair is not None and float_pair.skipped is not None  # it is for images of another size
 
 
 def test_bytes_of_the_int4_file_are_accounted_for(command: list[str], tmp_path: Path) -> None:
@@ -224,13 +240,13 @@ def test_without_a_builder_all_but_the_engines_is_written(
     assert "pip install 'gplq[trt-rtx]'" in capsys.readouterr().err
     out = tmp_path / "dist"
     manifest = manifest_of(out)
-    assert sorted(manifest["files"]) == [*ONNX_FILES, "model.trt-int4.onnx"]
+    assert sorted(manifest["files"]) == sorted([*FILES, "model.trt-int4.onnx"])
     assert [problem["exit_code"] for problem in manifest["problems"]] == [3]
     assert manifest["engines"] == {}
-    assert manifest["parity"]["int4"]["failures"] == []
+    assert read_report(out / "reports" / "parity.json").failed == []
 
 
-def test_without_onnx_runtime_parity_is_skipped(
+def test_without_onnx_runtime_files_are_skipped(
     command: list[str],
     npz_file: Path,
     tmp_path: Path,
@@ -241,8 +257,11 @@ def test_without_onnx_runtime_parity_is_skipped(
     assert main([*command, "--data", str(npz_file)]) == 3
     assert "pip install 'gplq[cpu]'" in capsys.readouterr().err
     manifest = manifest_of(tmp_path / "dist")
-    assert (manifest["parity"], manifest["kernels"]) == ({}, {})
-    assert tree(tmp_path / "dist") == ["manifest.json", *ONNX_FILES]
+    assert manifest["kernels"] == {}
+    assert [problem["exit_code"] for problem in manifest["problems"]] == [3]
+    report = read_report(tmp_path / "dist" / "reports" / "parity.json")
+    assert all(pair.skipped for pair in report.pairs if pair.file is not None)
+    assert not any(gate.pair in ("int4", "cpu") and gate.status == "passed" for gate in report.gates)
 
 
 class DoubleScale(Int4):
@@ -264,10 +283,11 @@ def test_failed_gate_outranks_a_missing_builder_and_the_manifest_tells_both(
 ) -> None:
     monkeypatch.setitem(TARGETS, "int4", DoubleScale)
     assert main([*command, "--trt", "--data", str(npz_file)]) == 1
-    assert "quantiser blocks.1.mlp.fc1.input_quantizer: " in capsys.readouterr().err
+    assert "int4.forced.codes: " in capsys.readouterr().err
     manifest = manifest_of(tmp_path / "dist")
     assert sorted(problem["exit_code"] for problem in manifest["problems"]) == [1, 3]
-    assert manifest["parity"]["int4"]["failures"][0].startswith("quantiser blocks.1.mlp.fc1.input_quantizer: ")
+    first = read_report(tmp_path / "dist" / "reports" / "parity.json").failed[0]
+    assert (first.id, first.layer) == ("int4.forced.codes", "blocks.1.mlp.fc1.input_quantizer")
 
 
 class Unbuildable(Int4):
@@ -364,7 +384,8 @@ def test_engines_multiply_every_linear_in_int8(
         assert {row["name"]: row["found"] for row in rows} == dict.fromkeys(names, precision)
         assert report["precision"]["summary"] in said
         assert str(report["precision"]["rows"][0]["name"]) in (out / "reports" / f"precision.{target}.txt").read_text()
-        assert report["fp16_range"]["failures"] == []
+    gates = {gate.id: gate.status for gate in read_report(out / "reports" / "parity.json").gates}
+    assert gates["fp16.range"] == "passed"
 
 
 def test_force_does_not_delete_a_file_that_was_moved_into_an_earlier_export(
@@ -372,10 +393,19 @@ def test_force_does_not_delete_a_file_that_was_moved_into_an_earlier_export(
 ) -> None:
     out = tmp_path / "dist"
     assert main([str(quantised.path), "--int4", "--out", str(out)]) == 0
-    moved = out / "model.pt"
-    moved.write_bytes(quantised.path.read_bytes())
-    assert main([str(moved), "--int4", "--out", str(out), "--force"]) == 2
-    assert moved.is_file()
-    assert "model.pt was not written by gplq-export" in capsys.readouterr().err
-    moved.unlink()
-    assert main([str(quantised.path), "--int4", "--out", str(out), "--force"]) == 0
+    other = {**torch.load(quantised.path, weights_only=True), "label_names": list("abcd")}
+    for name, content in (("own.pt", quantised.path.read_bytes()), ("model.pt", None)):
+        moved, before = out / name, (out / "model.pt").read_bytes()
+        if content is None:
+            torch.save(other, moved)
+        else:
+            moved.write_bytes(content)
+        kept = moved.read_bytes()
+        assert main([str(moved), "--int4", "--out", str(out), "--force"]) == 2
+        assert moved.read_bytes() == kept
+        assert f"{name} was not written by gplq-export" in capsys.readouterr().err
+        moved.unlink()
+    (out / "model.pt").write_bytes(before)
+    # Its own checkpoint may be exported again.
+    assert main([str(out / "model.pt"), "--int4", "--out", str(out), "--force"]) == 0
+    assert (out / "model.pt").read_bytes() == quantised.path.read_bytes()

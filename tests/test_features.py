@@ -11,6 +11,7 @@ import pytest
 import timm
 import timm.models
 import torch
+from check_fixture import check_graph, replaced
 from conftest import ARCHITECTURE, MODEL_ARGS, Quantised, fast_recipe, make_arrays, make_model, write_model
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -26,9 +27,9 @@ from gplq.evaluate import Similarity, cosines
 from gplq.models import ModelSpec, load_model
 from gplq.pipeline import quantize
 from gplq.survey import input_size
+from gplq_export.check.report import read_report
 from gplq_export.cli import main as export_main
 from gplq_export.lowering import lower
-from gplq_export.parity import CodeCount, ParityReport, compare
 from gplq_export.runtimes import reference_session
 from gplq_export.targets import TARGETS
 from gplq_export.trace import trace
@@ -85,14 +86,17 @@ def test_features_without_labels_from_command_to_report(
     out = tmp_path / "dist"
     assert export_main([str(features), "--int4", "--data", str(bare_npz), "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "cosine of features: 0.9" in said or "cosine of features: 1.0" in said
-    assert "top-1" not in said
+    assert "cosine p01 0.9" in said or "cosine p01 1.0" in said
+    assert "top-1" not in said and "same label" not in said
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["outputs"] == [{"name": "features", "shape": ["batch", 64], "dtype": "float32"}]
-    assert manifest["parity"]["int4"]["torch_top1"] is None
-    assert manifest["parity"]["int4"]["agreement"]["n"] == 32
-    assert manifest["parity"]["int4"]["failures"] == []
-    assert manifest["parity"]["int4"]["outputs_forced"]["features"] < 1e-5
+    report = read_report(out / "reports" / "parity.json")
+    assert report.failed == []
+    pair = report.pair("int4")
+    assert pair is not None and pair.found is not None and pair.forced is not None
+    assert (pair.reference_top, pair.candidate_top, pair.flips) == (None, None, [])
+    assert (pair.found.n, pair.found.agreement, pair.found.kl) == (32, None, None)
+    assert float(pair.forced.outputs["features"]) < 1e-5
 
 
 def test_features_of_the_file_are_those_of_the_model(features: Path, probe: Tensor) -> None:
@@ -126,8 +130,9 @@ def test_classifier_is_exported_without_labels(quantised: Quantised, bare_npz: P
     arguments = [str(quantised.path), "--int4", "--data", str(bare_npz), "--out", str(tmp_path / "dist")]
     assert export_main(arguments) == 2
     assert export_main([*arguments, "--no-labels"]) == 0
-    parity = json.loads((tmp_path / "dist" / "manifest.json").read_text())["parity"]["int4"]
-    assert (parity["compared"], parity["agreement"]["n"], parity["onnx_top1"]) == ("labels equal", 32, None)
+    pair = read_report(tmp_path / "dist" / "reports" / "parity.json").pair("int4")
+    assert pair is not None and pair.found is not None and pair.found.agreement is not None
+    assert (pair.found.agreement.n, pair.candidate_top) == (32, None)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -232,12 +237,13 @@ def test_backbone_goes_to_onnx_and_back(kind: str, backbones: Backbones, tmp_pat
         float(cosines(torch.from_numpy(ours), theirs).min()) > 0.99
         for ours, theirs in zip(found, expected, strict=True)
     )
-    report = compare(loaded.model, lowered, images)
-    assert report.failures() == []
-    assert report.forced_equal().different == 0
-    assert isinstance(report.agreement, Similarity)
-    assert report.agreement.n == 20
-    assert report.outputs.keys() == {"features_0", "features_1"}
+    report = check_graph(loaded, lowered, images, tmp_path)
+    assert report.failed == []
+    pair = report.pair("int4")
+    assert pair is not None and pair.found is not None and pair.forced is not None
+    assert sum(layer.different for layer in pair.forced.quantizers) == 0
+    assert (pair.found.n, pair.found.agreement) == (20, None)
+    assert pair.forced.outputs.keys() == {"features_0", "features_1"}
 
 
 @each_backbone
@@ -257,39 +263,25 @@ def test_weights_of_the_whole_network_fit_its_backbone(kind: str, tmp_path: Path
         torch.testing.assert_close(source.model(x), expected)
 
 
-def test_float_tensor_behind_the_last_quantiser_is_seen(features: Path, npz_file: Path, probe: Tensor) -> None:
+def test_float_tensor_behind_the_last_quantiser_is_seen(features: Path, tmp_path: Path, probe: Tensor) -> None:
     """Without a classifier no quantiser stands behind the last norm."""
     checkpoint = load_checkpoint(features)
     model = lower(trace(checkpoint), TARGETS["int4"](), {})
-    value = model.graph.initializers["norm.bias"]
-    assert value.const_value is not None
-    value.const_value = ir.Tensor(value.const_value.numpy()[::-1].copy(), name="norm.bias")
-    report = compare(checkpoint.model, model, [probe])
-    assert report.forced_equal().different == 0
-    assert all(count.different == 0 for count in report.blocks.values())
-    assert report.failures()[0].startswith("output features: ")
 
-    value.const_value = ir.Tensor(np.full(64, np.nan, np.float32), name="norm.bias")
-    report = compare(checkpoint.model, model, [probe])
-    assert report.failures()[0].startswith("output features: ")
-    assert report.failures()[1].startswith("cosine of features: nan")
+    def reverse(bias: Array) -> None:
+        bias[:] = bias[::-1].copy()
 
+    def spoil(bias: Array) -> None:
+        bias[:] = np.nan
 
-def test_cosine_gate() -> None:
-    def failures(agreement: Similarity, floor: Similarity) -> list[str]:
-        count = {"a": CodeCount(0, 10)}
-        report = ParityReport(10, quantizers=count, blocks=count, agreement=agreement, noise_floor=floor)
-        return report.failures()
-
-    # Intervals of 100 images with a deviation of 0.01 reach 0.00196 to both sides.
-    floor = Similarity(0.99, 0.01, 100)
-    assert failures(Similarity(0.9861, 0.01, 100), floor) == []
-    [failure] = failures(Similarity(0.986, 0.01, 100), floor)
-    assert failure.startswith("cosine of features: 0.98600 [0.98404, 0.98796] with PyTorch, below the noise floor")
-    # No code happened to flip in the floor, and FP32 has its last bits.
-    assert failures(Similarity(0.997, 0.01, 100), Similarity(1.0, 0.0, 100)) == []
-    assert failures(Similarity(1 - 1e-9, 1e-12, 100), Similarity(1.0, 0.0, 100)) == []
-    assert len(failures(Similarity(1 - 1e-5, 1e-12, 100), Similarity(1.0, 0.0, 100))) == 1
+    for change in (reverse, spoil):
+        report = check_graph(checkpoint, replaced(model, "norm.bias", change), [probe], tmp_path)
+        pair = report.pair("int4")
+        assert pair is not None and pair.forced is not None
+        assert all(layer.different == 0 for layer in (*pair.forced.quantizers, *pair.forced.blocks))
+        assert [gate.id for gate in report.failed][:2] == ["int4.forced.outputs", "int4.free.cosine_p01"]
+        assert report.failed[0].layer == "features"
+    assert np.isnan(pair.forced.outputs["features"])
 
 
 def test_cosines_and_their_interval() -> None:

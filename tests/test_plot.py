@@ -1,41 +1,23 @@
-"""The picture of a parity report."""
+"""The picture of a benchmark."""
 
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
-from gplq_export.parity import CodeCount, ParityReport
-from gplq_export.plot import plot_layers
+from gplq_export.plot import plot_ratios
+
+RATIOS = {1: {"cpu": [0.5, 0.52, 0.49], "openvino": [0.7, 0.8, 0.75]}, 8: {"cpu": [0.4, 0.41, 0.42]}}
 
 
-@pytest.fixture
-def report() -> ParityReport:
-    names = ["patch_embed.proj.input_quantizer", "blocks.0.attn.input_quantizer", "head.input_quantizer"]
-    return ParityReport(
-        forced_images=2,
-        quantizers={name: CodeCount(0, 1000) for name in names},
-        free={name: CodeCount(different, 1000) for name, different in zip(names, (0, 3, 40), strict=True)},
-        sqnr_db={"blocks.0": 20.0},
-    )
-
-
-def test_svg_and_png_are_pictures(report: ParityReport, tmp_path: Path) -> None:
+def test_svg_and_png_are_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    svg, png = tmp_path / "reports" / "layers.svg", tmp_path / "reports" / "layers.png"
-    assert plot_layers(report, svg, png)
+    svg, png = tmp_path / "new" / "ratios.svg", tmp_path / "new" / "ratios.png"
+    plot_ratios(RATIOS, svg)
+    plot_ratios(RATIOS, png)
     assert ElementTree.parse(svg).getroot().tag.endswith("svg")
     with Image.open(png) as image:
         assert image.format == "PNG"
-        assert image.size == (1080, 720)
-    assert sorted(path.name for path in svg.parent.iterdir()) == ["layers.png", "layers.svg"]
-
-
-def test_without_matplotlib_nothing_is_written(
-    report: ParityReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert not plot_layers(report, tmp_path / "layers.svg")
-    assert list(tmp_path.iterdir()) == []
+        assert image.size[0] == 1080
+    assert sorted(path.name for path in svg.parent.iterdir()) == ["ratios.png", "ratios.svg"]

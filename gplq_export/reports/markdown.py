@@ -46,7 +46,8 @@ def _lines(report: Report, link: str, shown: int) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for pair in report.pairs[:shown]:
         if pair.skipped or pair.found is None:
-            yield f"| {code(pair.name)} | not compared: {text(shorten(pair.skipped or 'not measured', 120))} | | | | | |"
+            reason = text(shorten(pair.skipped or "not measured", 120))
+            yield f"| {code(pair.name)} | not compared: {reason} | | | | | |"
             continue
         cells = (
             code(pair.name),
