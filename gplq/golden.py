@@ -21,7 +21,7 @@ from gplq.errors import DataError
 from gplq.integer import set_rounding
 from gplq.processes import device_of
 
-_IMAGES = 8
+IMAGES = 8
 _NUMBERS = 1000  # of an image, at most: about 80 kB as text for eight
 
 
@@ -54,7 +54,7 @@ def record(model: nn.Module, images: ImageSet) -> dict[str, Any]:
     rows: list[int] = []
     inputs: list[Tensor] = []
     # Of each eighth the first that can be read; whether an unreadable one is fatal is not decided here.
-    for part in torch.arange(len(images)).tensor_split(_IMAGES):
+    for part in torch.arange(len(images)).tensor_split(IMAGES):
         for index in part.tolist():
             found = images.read_row(images.rows[index])
             if not isinstance(found, BadImage):

@@ -22,7 +22,8 @@ from gplq.errors import UsageError
 from gplq_export.check import free
 from gplq_export.check.capture import AnotherSummationOrder
 from gplq_export.check.chain import Settings, check
-from gplq_export.check.free import Comparison, Member, StateFile, array_member, compare, stream, torch_member
+from gplq_export.check.free import Comparison, Member, StateFile, compare, stream
+from gplq_export.check.members import array_member, torch_member
 from gplq_export.check.report import Report, read_report
 from gplq_export.check.subject import Files
 from gplq_export.lowering import lower

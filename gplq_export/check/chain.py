@@ -20,43 +20,37 @@ The checkpoint's own twins come first: an engine that is wrong without any quant
 run here is skipped with the reason, never passed.
 """
 
-import base64
 import hashlib
-import io
-import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
-from gplq import __version__, golden
+from gplq import __version__
 from gplq.checkpoint import Checkpoint, frozen_quantizers
 from gplq.convert import units
-from gplq.data import ImageSet, batches
-from gplq.errors import GplqError, MissingError, UsageError
-from gplq.files import sha256
+from gplq.errors import GplqError, MissingError
 from gplq.models import FloatModel
 from gplq.provenance import environment
+from gplq_export.check.baseline import judge_baseline, judge_golden, judge_range
 from gplq_export.check.capture import AnotherSummationOrder, Capture, HalfPrecision
 from gplq_export.check.forced import compare_forced
-from gplq_export.check.free import Comparison, Member, Seen, StateFile, array_member, compare, stream, torch_member
+from gplq_export.check.free import Comparison, Member, Seen, StateFile, compare, stream
 from gplq_export.check.gates import Judge, Thresholds, read_thresholds
 from gplq_export.check.graph import Part, check_graph, find_taps
-from gplq_export.check.report import Data, Estimate, Flip, Layer, Pair, Report
+from gplq_export.check.images import Images, Source
+from gplq_export.check.members import array_member, check_shapes, engine_member, module_member, torch_member
+from gplq_export.check.report import Flip, Layer, Pair, Report, Top
 from gplq_export.check.subject import Files, describe, judge_files, judge_precision
-from gplq_export.lowering import lower
 from gplq_export.onnx_file import read_onnx
-from gplq_export.overflow import probe
-from gplq_export.runner import Runner
 from gplq_export.runtimes import (
     Run,
     Runtime,
@@ -64,15 +58,13 @@ from gplq_export.runtimes import (
     onnxruntime_reference,
     openvino_optimised,
 )
-from gplq_export.targets import TARGETS
-from gplq_export.trace import INPUT, trace
+from gplq_export.trace import INPUT
 
-Images = ImageSet | Sequence[Tensor]
 Say = Callable[[str], None]
 _ORT, _OPTIMISED = "ONNX Runtime without optimisation", "ONNX Runtime with all optimisation"
 _CHECKPOINT, _OFF = "the checkpoint in PyTorch", "the checkpoint in PyTorch, quantisers off"
 _CAPTURED, _LARGEST_BATCH = 128 * 2**20, 64  # bytes; images
-_FLIPS, _PICTURES, _THUMBNAIL = 200, 24, 48
+_FLIPS, _PICTURES = 200, 24
 
 
 @dataclass(frozen=True)
@@ -135,7 +127,7 @@ def check(
         UsageError: the state cannot be written.
     """
     started = time.monotonic()
-    chain = _Chain(checkpoint, files, _Source(images), settings or Settings(), say)
+    chain = _Chain(checkpoint, files, Source(images), settings or Settings(), say)
     pairs = chain.run()
     env = environment()
     return Report(
@@ -147,74 +139,17 @@ def check(
         platform=env["platform"],
         versions=env["versions"],
         subject=describe(files, checkpoint),
-        data=chain.data(),
+        data=chain.source.describe(checkpoint.preprocessing, random=chain.settings.random),
         thresholds_version=chain.settings.thresholds.version,
         gates=chain.judge.gates,
         pairs=pairs,
     )
 
 
-class _Source:
-    """Images as the chain wants them: batches from anywhere on, a few of them, and what to call each."""
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-        self.count = len(images) if isinstance(images, ImageSet) else sum(map(len, images))
-
-    def few(self, count: int) -> "_Source":
-        """At least so many of them, if there are."""
-        if isinstance(self.images, ImageSet):
-            return _Source(self.images.head(count))
-        sizes = itertools.accumulate(map(len, self.images))
-        return _Source(self.images[: sum(size < count for size in sizes) + 1])
-
-    def batches(self, size: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels from number ``start`` on; the label is -1 where there is none."""
-        if isinstance(self.images, ImageSet):
-            yield from batches(self.images, size, range(start, self.count))
-            return
-        for inputs in self.images:
-            rest = inputs[start:]
-            start = max(start - len(inputs), 0)
-            for part in rest.split(size) if len(rest) else ():
-                yield part, torch.full([len(part)], -1)
-
-    @property
-    def labelled(self) -> bool:
-        """Whether every image has a label."""
-        return isinstance(self.images, ImageSet) and min(self.images.labels) >= 0
-
-    def name(self, index: int) -> str:
-        """What to call an image."""
-        if isinstance(self.images, ImageSet):
-            return self.images.pictures.name(self.images.rows[index])
-        return f"image {index}"
-
-    def picture(self, index: int) -> str | None:
-        """A thumbnail, PNG in base64."""
-        if not isinstance(self.images, ImageSet):
-            return None
-        with self.images.pictures.open(self.images.rows[index]) as image:
-            small = image.convert("RGB")
-            small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-            buffer = io.BytesIO()
-            small.save(buffer, "PNG")
-        return base64.b64encode(buffer.getvalue()).decode()
-
-    def fingerprint(self) -> str:
-        """Identifies the images."""
-        if isinstance(self.images, ImageSet):
-            return self.images.fingerprint
-        digest = hashlib.sha256()
-        for inputs in self.images:
-            digest.update(np.ascontiguousarray(inputs.numpy()).tobytes())
-        return digest.hexdigest()
-
-
 class _Chain:
     """One check: members, comparisons, pairs and gates."""
 
-    def __init__(self, checkpoint: Checkpoint, files: Files, source: _Source, settings: Settings, say: Say) -> None:
+    def __init__(self, checkpoint: Checkpoint, files: Files, source: Source, settings: Settings, say: Say) -> None:
         self.checkpoint, self.files, self.source, self.settings, self.say = checkpoint, files, source, settings, say
         self.few = source.few(settings.forced_images)
         self.judge = Judge(settings.thresholds)
@@ -238,10 +173,15 @@ class _Chain:
         judge_precision(self.files, self.judge)
         self._plan()
         self._stream()
-        self._judge_data()
+        judge_golden(self.source, self.checkpoint, self.judge)
+        ours = next((name for name, each in self.on_all.items() if each.reference == "torch"), "")
+        float_top, our_top = self._top("float", "reference"), self._top(ours, "reference")
+        judge_baseline(self.judge, self.checkpoint.provenance, float_top, our_top, self.settings.expected_top1)
         self._float()
         self._rounding()
-        self._judge_range()  # what does not fit is the cause of what the twin in FP16 gets wrong
+        if any(kind.startswith(("fp16", "trt-")) for kind in self.files.paths):
+            # What does not fit is the cause of what the twin in FP16 gets wrong.
+            judge_range(self.few, self.checkpoint, next(iter(self._engine_graphs()), "fp16"), self.judge)
         for kind in _TWINS:
             self._twin(kind)
         self._plans(twin=True)
@@ -263,7 +203,7 @@ class _Chain:
         self.skipped: dict[str, str | GplqError] = {}
         few["rounding"] = self._compare("off", "torch", units=[name for name, _ in units(self.checkpoint.model)])
         if self.settings.float_model is not None:
-            self.members["float"] = _module_member(self.settings.float_model.model)
+            self.members["float"] = module_member(self.settings.float_model.model)
             on_all["float"] = self._compare("float", "torch")
         for kind in _TWINS:
             if kind in files.paths and self._member(kind, partial(self._whole, kind, onnxruntime_optimised)):
@@ -284,7 +224,7 @@ class _Chain:
             if self._member(kind, partial(self._whole, kind, onnxruntime_reference)):
                 few[kind] = self._compare("torch", kind)
         for kind in [kind for kind in files.paths if kind.endswith(".plan")]:
-            if self._member(kind, partial(_engine_member, files.paths[kind], self.settings.trust_engine)):
+            if self._member(kind, partial(engine_member, files.paths[kind], self.settings.trust_engine)):
                 target = few if kind == "fp16.plan" else on_all
                 target[kind] = self._compare("off" if kind == "fp16.plan" else "torch", kind)
         if self.settings.served is not None:
@@ -325,7 +265,7 @@ class _Chain:
         try:
             member = make()
             if not file.endswith(".plan"):  # which knows its shapes, and takes the batches that it was built for
-                _check_shapes(member, self.members["torch"], self.one)
+                check_shapes(member, self.members["torch"], self.one)
         except GplqError as error:
             self.skipped[kind] = error
             return False
@@ -440,8 +380,8 @@ class _Chain:
             found=outputs.closeness(),
             floor=None if floor is None else (self.on_all if whole else self.on_few)[floor].outputs.closeness(),
             floor_is=floor_is,
-            reference_top=outputs.top("reference", self.checkpoint.spec.num_classes),
-            candidate_top=outputs.top("candidate", self.checkpoint.spec.num_classes),
+            reference_top=self._top(comparison, "reference"),
+            candidate_top=self._top(comparison, "candidate"),
             lost=lost,
             won=won,
             flips=self._flips(source, label, reference_said, candidate_said),
@@ -452,7 +392,11 @@ class _Chain:
         self.pairs.append(pair)
         return pair
 
-    def _flips(self, source: _Source, label: np.ndarray, reference: np.ndarray, candidate: np.ndarray) -> list[Flip]:
+    def _top(self, comparison: str, side: Literal["reference", "candidate"]) -> Top | None:
+        found = self.on_all.get(comparison) or self.on_few.get(comparison)
+        return None if found is None else found.outputs.top(side, self.checkpoint.spec.num_classes)
+
+    def _flips(self, source: Source, label: np.ndarray, reference: np.ndarray, candidate: np.ndarray) -> list[Flip]:
         if not self.classifies:
             return []
         names = self.checkpoint.label_names
@@ -595,124 +539,6 @@ class _Chain:
 
     # The images, and the range of FP16.
 
-    def data(self) -> Data:
-        """What was fed, for the report."""
-        images = self.source.images
-        return Data(
-            source="random numbers" if self.settings.random else images.source if isinstance(images, ImageSet) else "",
-            sha256=self.source.fingerprint(),
-            images=self.source.count,
-            labels=self.source.labelled,
-            random=self.settings.random,
-            transform=self.checkpoint.preprocessing.steps() if isinstance(images, ImageSet) else [],
-        )
-
-    def _judge_data(self) -> None:
-        images, provenance = self.source.images, self.checkpoint.provenance
-        if not isinstance(images, ImageSet):
-            self.judge.skip("data", "golden", "tensors were given, not images")
-            return
-        moved = golden.difference(provenance.get("golden"), self.checkpoint.model, images)
-        if isinstance(moved, str):
-            self.judge.skip("data", "golden", moved)
-        else:
-            same = moved <= self.settings.thresholds["golden"]
-            self.judge.add(
-                "data",
-                "golden",
-                same,
-                f"the network without rounding differs by {moved:.1e} from what it said when the checkpoint was made"
-                + (
-                    "."
-                    if same
-                    else ": the images, or how they are prepared (size, crop, interpolation, mean, deviation), "
-                    "are not the same."
-                ),
-                "golden",
-                found=moved,
-                unit="relative",
-                n=8,
-            )
-        self._judge_baseline(provenance)
-
-    def _judge_baseline(self, provenance: dict[str, Any]) -> None:
-        """Accuracy in PyTorch against what is known of the weights: the images, their labels and their order."""
-        top = provenance.get("top1") if isinstance(provenance.get("top1"), dict) else {}
-        float_pair, ours = self.on_all.get("float"), self.on_all.get("int4")
-        measured, which = None, ""
-        expected: float | None = self.settings.expected_top1
-        classes = self.checkpoint.spec.num_classes
-        if float_pair is not None:
-            measured, which = float_pair.outputs.top("reference", classes), "the float model"
-            known = top.get("FP32") if isinstance(top, dict) else None
-        elif ours is not None:
-            measured, which = ours.outputs.top("reference", classes), "the checkpoint"
-            known = list(top.values())[-1] if isinstance(top, dict) and top else None
-            if expected is not None:
-                self.judge.skip("data", "top1", "--expect-top1 is of the float model, which is not here (--float)")
-                return
-        if measured is None:
-            self.judge.skip("data", "top1", "the images have no labels, or the model no classes")
-            return
-        if expected is None:
-            try:
-                expected = float(known["percent"])  # type: ignore[index]  # whatever it is, it may not have it
-            except (LookupError, TypeError, ValueError):
-                self.judge.skip("data", "top1", f"nothing says which accuracy to expect of {which} (--expect-top1)")
-                return
-        self._add_baseline(measured.top1, expected, which)
-
-    def _add_baseline(self, found: Estimate, expected: float, which: str) -> None:
-        limit = expected - self.settings.thresholds["expected_top1"]
-        enough, good = found.n >= self.settings.thresholds["enough_images"], found.high >= limit
-        self.judge.add(
-            "data",
-            "top1",
-            good if enough else "reported",
-            f"top-1 of {which} in PyTorch is {found.value:.2f} % [{found.low:.2f}, {found.high:.2f}], expected "
-            f"{expected:.2f} %"
-            + ("" if enough else ", too few images to judge")
-            + (
-                "."
-                if good or not enough
-                else ": the labels are in another order, or the images are others or prepared otherwise; if they are "
-                "meant to be, say what to expect with --expect-top1."
-            ),
-            "expected_top1",
-            found=found.value,
-            interval=(found.low, found.high),
-            limit=limit,
-            unit="%",
-            n=found.n,
-        )
-
-    def _judge_range(self) -> None:
-        """Whether what an FP16 file or engine computes fits into FP16."""
-        if not any(kind.startswith(("fp16", "trt-")) for kind in self.files.paths):
-            return
-        try:
-            found = probe(self._fp32(), [inputs for inputs, _ in self.few.batches(2)][:8])
-        except MissingError as error:
-            self.judge.skip("fp16", "range", str(error))
-            return
-        failures, worst = found.failures(), found.peaks[0]
-        self.judge.add(
-            "fp16",
-            "range",
-            not failures,
-            failures[0] if failures else f"{found.summary()}.",
-            "fp16_range",
-            layer=worst.tensor if failures else None,
-            found=worst.value,
-            unit="largest magnitude",
-            n=found.images,
-        )
-
-    def _fp32(self) -> ir.Model:
-        """What engines are built from, in FP32."""
-        engines = self._engine_graphs()
-        return lower(trace(self.checkpoint), TARGETS[engines[0] if engines else "fp16"](ir.DataType.FLOAT), {})
-
 
 def _debug(comparison: Comparison) -> str:
     """What the build with marked tensors has to do with the one that is tested."""
@@ -723,45 +549,3 @@ def _debug(comparison: Comparison) -> str:
         f"marking tensors changes what is merged, and outputs by up to {closeness.max_difference:.2g}: layers are of a "
         "build of their own, outputs of the tested one"
     )
-
-
-@torch.inference_mode()
-def _check_shapes(candidate: Member, reference: Member, inputs: Tensor) -> None:
-    """Make sure that what two networks return can be compared.
-
-    Raises:
-        UsageError: it cannot, or the candidate cannot run.
-    """
-    found, expected = candidate(inputs), reference(inputs)
-    ours = {f"output {i}": tuple(y.shape) for i, y in enumerate(found.outputs)}
-    theirs = {f"output {i}": tuple(y.shape) for i, y in enumerate(expected.outputs)}
-    ours |= {f"the codes of {name}": codes.shape for name, codes in found.codes.items()}
-    theirs |= {f"the codes of {name}": expected.codes[name].shape for name in found.codes}
-    for what in {**theirs, **ours}:
-        if ours.get(what) != theirs.get(what):
-            raise UsageError(
-                f"{what}: {ours.get(what, 'missing')}, in PyTorch {theirs.get(what, 'missing')}: it is of another "
-                "network. Export again."
-            )
-
-
-def _module_member(model: nn.Module) -> Member:
-    """Any network in PyTorch."""
-    return lambda inputs: Seen(tree_leaves(model(inputs)))
-
-
-def _engine_member(plan: Path, trust: bool) -> Member:
-    """A plan on the GPU, in batches as large as its largest profile."""
-    runner = Runner(plan, sha256=sha256(plan) if trust else None)
-    most = max(profile[2] for profile in runner.profiles)
-
-    def run(inputs: Tensor) -> Seen:
-        parts = [[_to_host(y) for y in runner(part.numpy()).values()] for part in inputs.split(most)]
-        return Seen([torch.cat(column) for column in zip(*parts, strict=True)])
-
-    return run
-
-
-def _to_host(array: Any) -> Tensor:
-    """A copy in main memory: the buffer is overwritten by the next call. Of PyTorch or of pycuda."""
-    return array.float().cpu().clone() if isinstance(array, Tensor) else torch.from_numpy(array.get()).float()

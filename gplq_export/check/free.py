@@ -5,22 +5,20 @@ runs once. Memory is one batch and a few numbers for each image; what has been c
 time, so that an interrupted check goes on where it was.
 """
 
-import contextlib
 import io
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gplq.files import atomic_path
 from gplq.progress import progress
 from gplq_export.check.accumulate import CodeCounts, Outputs, State, UnitErrors
-from gplq_export.check.capture import Capture, without_rounding
 
 _SAVE_SECONDS = 60.0
 
@@ -161,23 +159,3 @@ class StateFile:
 
 def _prefix(comparison: str, part: object) -> str:
     return f"{comparison}/{type(part).__name__}/"
-
-
-def torch_member(model: nn.Module, mode: Callable[[], object] | None = None, *, rounding: bool = True) -> Member:
-    """A frozen model in PyTorch, in a mode of :mod:`gplq_export.check.capture` if one is given."""
-
-    def run(inputs: Tensor) -> Seen:
-        with contextlib.ExitStack() as stack:
-            if not rounding:
-                stack.enter_context(without_rounding(model))
-            if mode is not None:
-                stack.enter_context(mode())  # type: ignore[arg-type]  # they are context managers
-            seen = Capture(model, inputs, everything=False)
-        return Seen(seen.outputs, seen.codes, seen.unit_outputs)
-
-    return run
-
-
-def array_member(run: Callable[[dict[str, np.ndarray]], Sequence[np.ndarray]], name: str) -> Member:
-    """What takes and returns arrays; ``name``: of its input."""
-    return lambda inputs: Seen([torch.from_numpy(np.asarray(y, np.float32)) for y in run({name: inputs.numpy()})])

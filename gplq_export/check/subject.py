@@ -104,7 +104,7 @@ def find_float_model(checkpoint: Checkpoint, given: str | None = None) -> FloatM
     """The model that was quantised: where it was then, if it is still there; or the one that is ``given``.
 
     Raises:
-        UsageError: the given one has other weights, or is for other images. ModelError: it cannot be loaded.
+        UsageError: the given one has other weights, is for other images, or cannot be loaded.
     """
     source = given or str(checkpoint.provenance.get("source", ""))
     if not given and not Path(source).exists():
@@ -118,9 +118,9 @@ def find_float_model(checkpoint: Checkpoint, given: str | None = None) -> FloatM
             model_args=spec.model_args,
             num_classes=spec.num_classes if is_file or spec.num_classes == 0 else None,
         )
-    except ModelError:
+    except ModelError as error:
         if given:
-            raise
+            raise UsageError(f"{given}: the checkpoint was made from other weights: {error}") from error
         return None
     if found.sha256 != checkpoint.provenance.get("source_sha256") or found.preprocessing != checkpoint.preprocessing:
         if given:

@@ -1,0 +1,129 @@
+"""What holds whatever is quantised: the images are those that were meant, and the network fits into FP16."""
+
+import itertools
+from typing import Any
+
+import onnx_ir as ir
+
+from gplq import golden
+from gplq.checkpoint import Checkpoint
+from gplq.data import ImageSet
+from gplq.errors import MissingError
+from gplq_export.check.gates import Judge
+from gplq_export.check.images import Source
+from gplq_export.check.report import Estimate, Top
+from gplq_export.lowering import lower
+from gplq_export.overflow import probe
+from gplq_export.targets import TARGETS
+from gplq_export.trace import trace
+
+DATA = "data"  # what gates on the images are filed under, where others have a pair
+_PROBED, _AT_ONCE = 16, 2  # images
+
+
+def judge_golden(source: Source, checkpoint: Checkpoint, judge: Judge) -> None:
+    """Whether images are prepared as they were when the checkpoint was made, see :mod:`gplq.golden`."""
+    if not isinstance(source.images, ImageSet):
+        judge.skip(DATA, "golden", "tensors were given, not images")
+        return
+    moved = golden.difference(checkpoint.provenance.get("golden"), checkpoint.model, source.images)
+    if isinstance(moved, str):
+        judge.skip(DATA, "golden", moved)
+        return
+    same = moved <= judge.thresholds["golden"]
+    judge.add(
+        DATA,
+        "golden",
+        same,
+        f"the network without rounding differs by {moved:.1e} from what it said when the checkpoint was made"
+        + (
+            "."
+            if same
+            else ": the images, or how they are prepared (size, crop, interpolation, mean, deviation), are others."
+        ),
+        "golden",
+        found=moved,
+        unit="relative",
+        n=golden.IMAGES,
+    )
+
+
+def judge_baseline(
+    judge: Judge, provenance: dict[str, Any], float_top: Top | None, our_top: Top | None, expected: float | None
+) -> None:
+    """Accuracy in PyTorch against what is known of the weights: the images, their labels and their order.
+
+    Args:
+        judge: where the gate goes.
+        provenance: of the checkpoint; tells what was measured when it was made.
+        float_top: of the float model, if it is here and there are labels.
+        our_top: of the checkpoint, likewise.
+        expected: of the float model, in per cent; None: what was measured then.
+    """
+    known = provenance.get("top1")
+    then = known if isinstance(known, dict) else {}
+    if float_top is not None:
+        measured, which, entry = float_top, "the float model", then.get("FP32")
+    elif our_top is None:
+        judge.skip(DATA, "top1", "the images have no labels, or the model no classes")
+        return
+    elif expected is not None:
+        judge.skip(DATA, "top1", "--expect-top1 is of the float model, which is not here (--float)")
+        return
+    else:
+        measured, which, entry = our_top, "the checkpoint", next(reversed(then.values()), None)
+    if expected is None:
+        try:
+            expected = float(entry["percent"])  # type: ignore[index]  # whatever it is, it may not have it
+        except (LookupError, TypeError, ValueError):
+            judge.skip(DATA, "top1", f"nothing says which accuracy to expect of {which} (--expect-top1)")
+            return
+    _judge_top1(judge, measured.top1, expected, which)
+
+
+def _judge_top1(judge: Judge, found: Estimate, expected: float, which: str) -> None:
+    limit = expected - judge.thresholds["expected_top1"]
+    enough, good = found.n >= judge.thresholds["enough_images"], found.high >= limit
+    judge.add(
+        DATA,
+        "top1",
+        good if enough else "reported",
+        f"top-1 of {which} in PyTorch is {found.value:.2f} % [{found.low:.2f}, {found.high:.2f}], expected "
+        f"{expected:.2f} %"
+        + ("" if enough else ", too few images to judge")
+        + (
+            "."
+            if good or not enough
+            else ": the labels are in another order, or the images are others or prepared otherwise; if they are meant "
+            "to be, say what to expect with --expect-top1."
+        ),
+        "expected_top1",
+        found=found.value,
+        interval=(found.low, found.high),
+        limit=limit,
+        unit="%",
+        n=found.n,
+    )
+
+
+def judge_range(source: Source, checkpoint: Checkpoint, target: str, judge: Judge) -> None:
+    """Whether what an FP16 file or engine of ``target`` computes fits into FP16, see :mod:`gplq_export.overflow`."""
+    graph = lower(trace(checkpoint), TARGETS[target](ir.DataType.FLOAT), {})
+    images = [inputs for inputs, _ in itertools.islice(source.batches(_AT_ONCE), _PROBED // _AT_ONCE)]
+    try:
+        found = probe(graph, images, limit=_PROBED)
+    except MissingError as error:
+        judge.skip("fp16", "range", str(error))
+        return
+    failures, worst = found.failures(), found.peaks[0]
+    judge.add(
+        "fp16",
+        "range",
+        not failures,
+        failures[0] if failures else f"{found.summary()}.",
+        "fp16_range",
+        layer=worst.tensor if failures else None,
+        found=worst.value,
+        unit="largest magnitude",
+        n=found.images,
+    )
