@@ -25,6 +25,9 @@ _SHIFTABLE = 0.25
 # INT8 holds no more without a sign, and neither ONNX nor engines multiply UINT8 by a signed type on every target.
 _UNSIGNED_BITS = 7
 
+# Values that are quantised at a time: on a CPU as many as its cache holds, elsewhere so many that kernels are busy.
+_PART_ON_CPU, _PART = 2**17, 2**24
+
 # Values per quantiser that are kept for percentiles and MSE, whatever the number of calibration images.
 SAMPLE_VALUES = 2**18
 
@@ -42,17 +45,17 @@ class _Quantization:
 
     def output(self, x: Tensor) -> Tensor:
         """x_hat: the codes of :func:`gplq.grid.quantize`, times the scale."""
-        return self._decode(_ratio(x, self.scale).round_().clamp_(self.low, self.high))
+        x_hat = torch.empty(x.shape, dtype=self.dtype, device=x.device)  # contiguous: a batched matmul would copy it
+        for part, out in _parts(x, x_hat):
+            torch.mul(_ratio(part, self.scale).round_().clamp_(self.low, self.high), self.scale, out=out)
+        return x_hat
 
     def again(self) -> tuple[Tensor, Tensor]:
-        """(x / scale, x_hat) for the backward pass, computed once, until :meth:`clear`."""
+        """(x, x_hat) for the backward pass, computed once, until :meth:`clear`."""
         if self._again is None:
-            ratio = _ratio(self._x(), self.scale)
-            self._again = ratio, self._decode(ratio.round().clamp_(self.low, self.high))
+            x = self._x()
+            self._again = x, self.output(x)
         return self._again
-
-    def _decode(self, codes: Tensor) -> Tensor:
-        return codes.mul_(self.scale).to(self.dtype)
 
     def clear(self) -> None:
         """Free the tensors; the graph that refers to this object may live on for a while."""
@@ -61,11 +64,17 @@ class _Quantization:
 
 
 def _ratio(x: Tensor, scale: Tensor) -> Tensor:
-    """A new tensor x / scale. Contiguous: a batched matmul would copy a transposed operand otherwise."""
+    """A new tensor x / scale."""
     dtype = torch.promote_types(x.dtype, scale.dtype)
-    if x.dtype == dtype:
-        return (x / scale).contiguous()
-    return x.to(dtype, memory_format=torch.contiguous_format).div_(scale)
+    return x / scale if x.dtype == dtype else x.to(dtype).div_(scale)
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [B, …] of one shape, cut alike into parts [b, …]: what is computed of each on the way is small."""
+    first = tensors[0]
+    values = _PART_ON_CPU if first.device.type == "cpu" else _PART
+    rows = max(1, values * len(first) // max(first.numel(), 1))
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -75,7 +84,7 @@ class _FakeQuantize(torch.autograd.Function):
     d x_hat / d scale = code - x / scale inside, the limit outside; then times LSQ's 1 / sqrt(values * highest code),
                         with the values of one image that share the scale (the paper's N_F, whatever the batch)
 
-    Time goes into passes over memory, so there are as few as PyTorch's operators allow: four forward.
+    Time goes into passes over memory, so they go over parts that a CPU's cache holds.
     """
 
     @staticmethod
@@ -96,26 +105,29 @@ class _FakeQuantize(torch.autograd.Function):
         low, high = ctx.limits
         if ctx.quantization is None:
             x, scale, x_hat = ctx.saved_tensors
-            ratio = _ratio(x, scale)
         else:
             scale = ctx.quantization.scale
-            ratio, x_hat = ctx.quantization.again()
+            x, x_hat = ctx.quantization.again()
             ctx.quantization.clear()
-        grad = grads[0].to(ratio.dtype)
-        # The gradient of clamp() in one pass. It counts the limits themselves as outside.
-        grad_x = torch.ops.aten.hardtanh_backward(grad, ratio, low, high)
-        # scale * d x_hat / d scale is x_hat outside the range, and x_hat - x inside.
-        if grad is not grads[0]:
-            slope = grad.mul_(x_hat)
-        else:
-            slope = grad * x_hat if ctx.quantization is None else x_hat.mul_(grad)
-        slope.addcmul_(grad_x, ratio.mul_(scale), value=-1)
-        # Reduce over everything that the scale is broadcast along.
-        grad_scale = (slope.sum() if scale.ndim == 0 else slope.flatten(0, -2).sum(0)) / scale
+        grad_x = torch.empty(x.shape, dtype=ctx.input_dtype, device=x.device)
+        slopes = []
+        for x_part, x_hat_part, grad_part, out in _parts(x, x_hat, grads[0], grad_x):
+            ratio = _ratio(x_part, scale)
+            grad = grad_part.to(ratio.dtype)
+            # The gradient of clamp() in one pass. It counts the limits themselves as outside.
+            inside = out if out.dtype == ratio.dtype else torch.empty_like(ratio)
+            torch.ops.aten.hardtanh_backward.grad_input(grad, ratio, low, high, grad_input=inside)
+            # scale * d x_hat / d scale is x_hat outside the range, and x_hat - x inside.
+            slope = grad * x_hat_part if grad is grad_part else grad.mul_(x_hat_part)
+            slope.addcmul_(inside, ratio.mul_(scale), value=-1)
+            # Reduce over everything that the scale is broadcast along.
+            slopes.append(slope.sum() if scale.ndim == 0 else slope.flatten(0, -2).sum(0))
+            if inside is not out:
+                out.copy_(inside)
+        grad_scale = torch.stack(slopes).sum(0) / scale
         if ctx.gradient_scale:
             grad_scale /= (ctx.values * high) ** 0.5
-        grad_input = grad_x.to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
-        return grad_input, grad_scale, None, None, None, None
+        return (grad_x if ctx.needs_input_grad[0] else None), grad_scale, None, None, None, None
 
 
 _recomputing = False
@@ -341,9 +353,9 @@ class ActivationQuantizer(nn.Module):
 
 
 def _sums_to_one(x: Tensor) -> bool:
-    """Whether the rows of ``x`` are what a softmax returns."""
-    sums = x.float().sum(-1)
-    return bool((x >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=0.01)
+    """Whether the rows of ``x`` [..., M, N] are what a softmax returns; or the columns, as in v @ p^T."""
+    sums = x.float().sum(-1), x.float().sum(-2)
+    return bool((x >= 0).all()) and any(torch.allclose(s, torch.ones_like(s), atol=0.01) for s in sums)
 
 
 def best_scale(rows: Tensor, largest: Tensor, bits: int, signed: bool, weight: Tensor | None = None) -> Tensor:

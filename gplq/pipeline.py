@@ -153,9 +153,11 @@ def train_activations(
     Detection with torchvision, for instance, where a batch is (list of images, list of target dicts) and a model in
     training mode returns its losses by name::
 
-        gplq.convert.convert(detector.backbone.body, recipe, image_size=(3, 224, 320))
+        from gplq import convert, stage2  # modules
+
+        convert.convert(detector.backbone.body, recipe, image_size=(3, 224, 320))
         gplq.train_activations(detector, loader, loss=lambda model, batch: model(*batch), recipe=recipe)
-        gplq.stage2.quantize_weights(detector.backbone.body, images, recipe)
+        stage2.quantize_weights(detector.backbone.body, images, recipe)
 
     ``examples/detector.py`` of the repository goes from there to a checkpoint and its export.
 
@@ -169,12 +171,15 @@ def train_activations(
             generator seeded, and must give the same batches each time; a DataLoader does, shuffled or not. With
             several processes each gives its own share.
         loss: called with (model, batch); returns the mean loss of the batch, or its terms by name, which are summed.
+            It should use this model, which with FSDP is a copy of ``student``; with several processes it depends on the
+            same parameters in each of them and in each step (a term that does not apply is multiplied by 0).
         recipe: every setting.
         state_file: where the state for resuming is kept; removed at the end. None: an interruption loses the work.
         say: where progress messages go.
 
     Raises:
-        UsageError: ``data`` has fewer batches than one step of the optimiser takes.
+        UsageError: ``data`` has fewer batches than one step of the optimiser takes; or the loss does not depend on the
+            same parameters throughout, see above.
         GateError: the loss or a gradient became NaN or infinite.
     """
     settings = recipe.stage1

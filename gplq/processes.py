@@ -1,6 +1,7 @@
 """Several processes on one model: which images are whose, and sums over all of them.
 
     accelerate launch --multi_gpu --num_processes 4 -m gplq quantize …                     # GPUs of one machine
+    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 4 -m gplq quantize …     # see gplq.shard
     ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 -m gplq quantize …    # CPU
 
 On a CPU ``accelerate launch --cpu --num_processes 2`` starts a single process: without an MPI it has no launcher there.
@@ -28,16 +29,20 @@ def processes() -> PartialState:
     """The processes, joined at the first call: their number, our rank, our device (a GPU if there is one).
 
     Raises:
-        UsageError: they were started for FSDP or DeepSpeed.
+        UsageError: they were started for DeepSpeed.
     """
-    for name in ("FSDP", "DeepSpeed"):
-        if _is_set(f"ACCELERATE_USE_{name.upper()}"):
-            raise UsageError(
-                f"gplq does not train with {name}: it cannot shard the quantisers' scales, which are single numbers. "
-                "Use 'accelerate launch --multi_gpu'; for a model that is too large set stage1.gradient_checkpointing."
-            )
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise UsageError(
+            "gplq does not train with DeepSpeed. Use 'accelerate launch --multi_gpu', or for a model whose optimiser "
+            "state is too large for one GPU 'accelerate launch --use_fsdp --fsdp_version 2'."
+        )
     # accelerate takes CPU processes for independent ones unless it is told.
     return PartialState(cpu=_is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def are_to_shard() -> bool:
+    """Whether each process is to hold a part of what is trained (FSDP), and not all of it (DDP)."""
+    return _is_set("ACCELERATE_USE_FSDP") and processes().num_processes > 1
 
 
 def _is_set(flag: str) -> bool:
@@ -60,6 +65,18 @@ def total(value: Tensor) -> Tensor:
     """The sum of a tensor over all processes, on its device."""
     result: Tensor = reduce(value.to(processes().device), "sum") if processes().num_processes > 1 else value
     return result.to(value.device)
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors, in place, by their means over all processes."""
+    flat = total(torch.cat([tensor.flatten() for tensor in tensors])) / processes().num_processes
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def first_says(answer: bool) -> bool:
+    """The first process's answer to a question that each may answer differently, such as what the time is."""
+    return bool(total(torch.tensor(float(answer and processes().is_main_process))))
 
 
 def device_of(model: torch.nn.Module) -> torch.device:

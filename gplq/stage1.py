@@ -8,6 +8,7 @@ what is deployed, so nothing in it is random (no dropout, no stochastic depth).
 import contextlib
 import copy
 import itertools
+import math
 import signal
 import threading
 import time
@@ -22,12 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gplq.calibrate import activation_quantizers
 from gplq.data import ImageSet, batches, draw
-from gplq.errors import ConfigError, GateError, ModelError
+from gplq.errors import ConfigError, GateError, ModelError, UsageError
 from gplq.lsq import recompute_quantized
 from gplq.pca import Features, fit_pca, pca_loss
-from gplq.processes import device_of, processes, total
+from gplq.processes import are_to_shard, average, device_of, first_says, processes, total
 from gplq.progress import progress
 from gplq.recipe import Precision, Recipe, Stage1
+from gplq.shard import divide_like, gather, gather_on_first, local, shard
 
 SaveState = Callable[[dict[str, Any]], None]
 # (model, batch) -> the loss, a mean over the batch's images; or its terms by name, which are summed.
@@ -170,6 +172,7 @@ def optimise(
 
     Raises:
         GateError: the loss or a gradient became NaN or infinite. The step is not taken; what was saved before stays.
+        UsageError: with several processes, the loss depends on some parameters in one step and not in another.
     """
     settings = recipe.stage1
     trainer = Trainer(student, loss, recipe)
@@ -189,17 +192,18 @@ def optimise(
                 shown = {name: f"{value:.3f}" for name, value in terms.items()}
                 bar.set_postfix({**shown, "lr": f"{settings.learning_rate():.1e}"}, refresh=False)
                 bar.update(settings.batch_size)
-                if time.monotonic() - last_save > settings.checkpoint_seconds:
+                if first_says(time.monotonic() - last_save > settings.checkpoint_seconds):
                     save(trainer.state())
                     last_save = time.monotonic()
         except KeyboardInterrupt:
-            save(trainer.state())
+            if not trainer.sharded:  # else all processes would have to be here, after the same step
+                save(trainer.state())
             raise
     save(trainer.state())
 
 
 class _Objective(nn.Module):
-    """The loss as the module that DDP wraps, so that gradients are averaged whatever the loss calls on the model."""
+    """The loss as the module that DDP or FSDP wraps: it works whatever the loss calls on the model."""
 
     def __init__(self, student: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -215,30 +219,45 @@ class Trainer:
     """The student with its optimiser: what one step is, and what makes it resumable. A context manager."""
 
     def __init__(self, student: nn.Module, loss: Loss, recipe: Recipe) -> None:
-        self.student, self.settings, self.seed = student, recipe.stage1, recipe.seed
-        self.device = device_of(student)
-        self.step = 0
-        self.frozen: list[nn.Parameter] = []
-        self.quantizers = list(activation_quantizers(student).values())
-        self.optimizer = self._optimizer()
+        self.settings, self.seed = recipe.stage1, recipe.seed
+        self.device, self.sharded = device_of(student), are_to_shard()
         if "fp16" in (self.settings.precision, self.settings.teacher_precision) and self.device.type != "cuda":
             raise ConfigError("stage1.precision fp16 needs a CUDA GPU. Use bf16 or fp32.")
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
+        if self.settings.precision == "fp16" and self.sharded:
+            raise ConfigError("stage1.precision fp16 does not go with FSDP. Use bf16.")
+        self.whole = student
+        self.student = copy.deepcopy(student.cpu()) if self.sharded else student
+        self.step = 0
+        self.quantizers = list(activation_quantizers(self.student).values())
+        self.frozen = [] if self.settings.train_weights else self._weights()
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
         self._checkpointing(self.settings.gradient_checkpointing)
-        self.objective: nn.Module = _Objective(student, loss)
-        if processes().num_processes > 1:
+        self.objective: nn.Module = _Objective(self.student, loss)
+        if self.sharded:
+            shard(self.objective, [quantizer.raw_scale for quantizer in self.quantizers], self.device)
+        elif processes().num_processes > 1:
             index = None if self.device.type == "cpu" else [self.device]
-            # Not every parameter is part of every loss: a mask token, or the classifier without labels.
-            self.objective = DistributedDataParallel(self.objective, device_ids=index, find_unused_parameters=True)
+            # Static: which parameters are not part of the loss (the classifier without labels, a bias that conversion
+            # has replaced) is seen in the first step, and not looked for in each.
+            self.objective = DistributedDataParallel(self.objective, device_ids=index, static_graph=True)
+        self.optimizer = self._optimizer()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._checkpointing(False)
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.sharded:
+            if kind is None:  # else the other processes may be elsewhere
+                target = self.whole.state_dict()
+                for name, tensor in self.student.state_dict().items():
+                    target[name].copy_(gather(tensor))
+            self.whole.to(self.device)
 
     def _checkpointing(self, enable: bool) -> None:
         switch = getattr(self.student, "set_grad_checkpointing", None)
@@ -248,33 +267,47 @@ class Trainer:
             name = type(self.student).__name__
             raise ModelError(f"{name} has no gradient checkpointing: set stage1.gradient_checkpointing to false.")
 
+    def _weights(self) -> list[nn.Parameter]:
+        """What learns beside the scales."""
+        scales = {id(quantizer.raw_scale) for quantizer in self.quantizers}
+        return [p for p in self.student.parameters() if p.requires_grad and id(p) not in scales]
+
     def _optimizer(self) -> torch.optim.AdamW:
         settings = self.settings
         scales = [quantizer.raw_scale for quantizer in self.quantizers]
-        ids = {id(parameter) for parameter in scales}
-        weights = [p for p in self.student.parameters() if p.requires_grad and id(p) not in ids]
-        if not settings.train_weights:
-            self.frozen = weights
-            for parameter in weights:
-                parameter.requires_grad_(False)
         groups: list[dict[str, Any]] = [{"params": scales, "lr": settings.scale_lr, "weight_decay": 0.0}]
         if settings.train_weights:
-            groups.append({"params": weights, "lr": settings.learning_rate(), "weight_decay": settings.weight_decay})
+            weights = {"params": self._weights(), "lr": settings.learning_rate(), "weight_decay": settings.weight_decay}
+            groups.append(weights)
         return torch.optim.AdamW(groups)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the steps to come depend on; the tensors are the live ones."""
-        return {
+        """Everything that the steps to come depend on; the tensors are the live ones.
+
+        If they are divided among the processes, all of these have to ask, and the first one is told: see
+        :func:`gplq.shard.gather_on_first`. The state does not depend on how many they are.
+        """
+        state = {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
         }
+        return gather_on_first(state) if self.sharded else state
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Go on from a state, which each process has as a whole."""
+        own = self.student.state_dict()
+        self.student.load_state_dict(
+            {name: divide_like(tensor, own[name]) for name, tensor in state["student"].items()}
+        )
+        # The optimiser's state has its parameters' numbers for keys.
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = {
+            number: {name: divide_like(tensor, parameters[number]) for name, tensor in entry.items()}
+            for number, entry in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 
@@ -283,27 +316,36 @@ class Trainer:
 
         Raises:
             GateError: see :func:`optimise`.
+            UsageError: see :func:`optimise`.
         """
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(cuda):
             # A loss that draws random numbers (dropout, sampled boxes) draws the same ones after an interruption.
             torch.manual_seed(1_000_003 * self.seed + self.step)
-            return self._advance([send_to_device(part, self.device) for part in parts])
+            try:
+                return self._advance([send_to_device(part, self.device) for part in parts])
+            except RuntimeError as error:
+                if "static_graph" not in str(error):
+                    raise
+                raise UsageError(
+                    f"Stage 1: at step {self.step + 1} the loss depends on other parameters than at first, which "
+                    "several processes cannot average: multiply the part of the loss that does not apply by 0."
+                ) from error
 
     def _advance(self, parts: Sequence[Any]) -> dict[str, float]:
         sums: dict[str, Tensor] = {}
-        for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            with contextlib.ExitStack() as stack:
-                if not last and isinstance(self.objective, DistributedDataParallel):
-                    stack.enter_context(self.objective.no_sync())
-                terms = self._terms(self.objective, part)
-                share = torch.stack(list(terms.values())).sum() / len(parts)
-                self.scaler.scale(share).backward()
+        for part in parts:
+            terms = self._terms(self.objective, part)
+            share = torch.stack(list(terms.values())).sum() / len(parts)
+            self.scaler.scale(share).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / len(parts)
-        means = total(torch.stack(list(sums.values()))) / processes().num_processes
-        if not bool(torch.isfinite(means).all()) or not self._gradients_are_finite():
+        if self.sharded:
+            scales = [quantizer.raw_scale.grad for quantizer in self.quantizers]
+            average([gradient for gradient in scales if gradient is not None])
+        found = total(torch.stack([*sums.values(), self._gradient_norm()])) / processes().num_processes
+        *means, norm = found.tolist()
+        if not all(map(math.isfinite, [*means, norm])):
             self._diverged(parts, means)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -311,7 +353,7 @@ class Trainer:
         for quantizer in self.quantizers:
             quantizer.guard()
         self.step += 1
-        return dict(zip(sums, means.tolist(), strict=True))
+        return dict(zip(sums, means, strict=True))
 
     def _terms(self, objective: nn.Module, part: Any) -> dict[str, Tensor]:
         recompute = contextlib.nullcontext() if self.settings.gradient_checkpointing else recompute_quantized()
@@ -319,16 +361,16 @@ class Trainer:
             terms: dict[str, Tensor] = objective(part)
             return terms
 
-    def _gradients_are_finite(self) -> bool:
-        if self.scaler.is_enabled():  # it skips such a step by itself, and lowers its factor
-            return True
-        gradients = [parameter.grad for parameter in self.student.parameters() if parameter.grad is not None]
-        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+    def _gradient_norm(self) -> Tensor:
+        """Of what this process holds; finite if all of that is."""
+        if self.scaler.is_enabled():  # it skips a step that is not by itself, and lowers its factor
+            return torch.zeros((), device=self.device)
+        gradients = [local(parameter.grad) for parameter in self.student.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
-    def _diverged(self, parts: Sequence[Any], means: Tensor) -> None:
+    def _diverged(self, parts: Sequence[Any], means: Sequence[float]) -> None:
         where = next((name for part in parts if (name := self._first_bad_layer(part)) is not None), None)
-        finite = bool(torch.isfinite(means).all())
-        what = "a gradient is not finite" if finite else f"the loss is {means.sum().item()}"
+        what = "a gradient is not finite" if all(map(math.isfinite, means)) else f"the loss is {sum(means)}"
         layer = "every layer's output is finite" if where is None else f"first in layer '{where}'"
         raise GateError(
             f"Stage 1: {what} at step {self.step + 1} ({layer}); that step was not taken. Lower stage1.lr or "

@@ -1,17 +1,20 @@
 """What calibration does beside choosing scales: equalising queries and keys, and shifting what a GELU returns."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import reference
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import fast_recipe, make_model
 from torch import Tensor, nn
 
-from gplq.calibrate import activation_quantizers, calibrate
+from gplq.calibrate import activation_quantizers, calibrate, calibrate_on
 from gplq.convert import convert
 from gplq.data import ImageSet
-from gplq.layers import QuantAttention, QuantLinear
+from gplq.layers import QuantAttention, QuantLinear, QuantMatMul
 from gplq.lsq import ActivationQuantizer
 from gplq.recipe import Recipe
 
@@ -124,16 +127,39 @@ def test_recipe_can_leave_the_shift_out(train_set: ImageSet) -> None:
     assert not any(quantizer.shift for quantizer in activation_quantizers(model).values())
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("scale", "top"), [("learned", 0.8), ("full", 1.0)])
-def test_probabilities_have_their_own_bits_and_scale(scale: str, top: float) -> None:
+def test_probabilities_have_their_own_bits_and_scale(scale: str, top: float, transposed: bool) -> None:
     quantizer = ActivationQuantizer(8, signed=None, per_channel=False, kind="matmul")
     quantizer.softmax_bits, quantizer.softmax_scale, quantizer.mode = 5, scale, "observe"
     x = torch.linspace(0.2, 0.8, 64)
-    quantizer(torch.stack([x, 1 - x], -1))
+    quantizer(torch.stack([x, 1 - x], -2 if transposed else -1))
     quantizer.calibrate("minmax", 1.0)
     assert (quantizer.bits, quantizer.signed) == (5, False)
     assert float(quantizer.scale.detach()) == pytest.approx(top / 31, rel=1e-2)
     assert quantizer.raw_scale.requires_grad == (scale == "learned")
+
+
+def test_probabilities_are_found_on_either_side_of_a_product() -> None:
+    """LeViT multiplies p v, its convolutional twin v p^T."""
+    for name in ("levit_128s", "levit_conv_128s"):
+        torch.manual_seed(0)
+        model = timm.create_model(name).eval()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if key.endswith("attention_biases"):
+                    parameter.normal_(std=3)  # else all tokens weigh the same, and columns sum to 1 as rows do
+        recipe = Recipe.from_dict({"activation_bits": 4, "softmax_bits": 6})
+        model = convert(model, recipe)
+        calibrate_on(model, model, [torch.randn(1, 3, 224, 224)], 1, recipe)
+        side = "a" if name == "levit_128s" else "b"
+        found = {key for key, quantizer in activation_quantizers(model).items() if quantizer.bits == 6}
+        assert found == {f"{key}.product_1.{side}_quantizer" for key, count in products(model).items() if count == 2}
+
+
+def products(model: nn.Module) -> Counter[str]:
+    """How many products each module has."""
+    return Counter(key.rpartition(".")[0] for key, part in model.named_modules() if isinstance(part, QuantMatMul))
 
 
 def test_what_is_not_a_probability_keeps_its_bits_and_unsigned_codes_fit_int8() -> None:
