@@ -73,7 +73,7 @@ SLOW = {"MViT v2", "Hiera", "LeViT, convolutions", "MaxViT", "CoAtNet"}
 # Within one of their blocks OpenVINO's other order of operations moves more than 0.5 % of the codes: MaxViT's blocks
 # are deep; of BEiT-3's it moves a scale across a norm, whose epsilon counts beside the small numbers of a tiny model.
 DRIFTS = {
-    "BEiT-3": ("openvino.forced.blocks", "openvino.free.cosine_p01", "openvino.free.codes"),
+    "BEiT-3": ("openvino.forced.blocks",),
     "MaxViT": ("openvino.forced.blocks",),
 }
 IMAGES = 5

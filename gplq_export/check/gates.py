@@ -39,6 +39,10 @@ class Thresholds:
     def __getitem__(self, name: str) -> float:
         return self.table[name].limit
 
+    def of(self, name: str, pair: str) -> str:
+        """The name of the limit that holds for a pair: its own, if it has one."""
+        return own if (own := f"{name}.{pair}") in self.table else name
+
     def why(self, name: str) -> str:
         """The reason for a limit."""
         return self.table[name].why.strip()
@@ -68,7 +72,7 @@ def _read(path: Path, base: Thresholds | None) -> Thresholds:
     version = str(content.pop("version", f"{path.name}, on {base.version if base else '?'}"))
     table = {} if base is None else dict(base.table)
     for name, entry in content.items():
-        if base is not None and name not in table:
+        if base is not None and name not in table and name.partition(".")[0] not in table:
             raise ConfigError(f"{path}: there is no threshold '{name}'; there are {', '.join(table)}.")
         try:
             table[name] = Threshold.model_validate(entry)
@@ -151,7 +155,7 @@ class Judge:
                 if worst
                 else "."
             ),
-            "forced_codes",
+            self.thresholds.of("forced_codes", pair.name),
             layer=wrong[0].name if wrong else None,
             found=different,
             unit="codes",
@@ -168,7 +172,7 @@ class Judge:
                 if off
                 else f"{len(forced.grid)} quantisers."
             ),
-            "forced_codes",
+            self.thresholds.of("forced_codes", pair.name),
             layer=next(iter(off), None),
             found=sum(off.values()),
             unit="codes",
@@ -180,7 +184,8 @@ class Judge:
             ("forced.outputs", forced.outputs, "outputs", "a norm or another float tensor before it"),
         ):
             self._floats(pair, metric, table, what, cause, n)
-        limit = self.thresholds["forced_blocks"]
+        threshold = self.thresholds.of("forced_blocks", pair.name)
+        limit = self.thresholds[threshold]
         broken = [layer for layer in forced.blocks if layer.share is None or not layer.share.value <= limit]
         largest = max((layer.share.value if layer.share else math.nan for layer in forced.blocks), default=0.0)
         self.add(
@@ -189,7 +194,7 @@ class Judge:
             not broken,
             f"at most {largest:.4f} % of a block's codes differ when it is fed the same input"
             + (f": {_some([layer.name for layer in broken])} computes something else." if broken else "."),
-            "forced_blocks",
+            threshold,
             layer=broken[0].name if broken else None,
             found=largest,
             unit="%",
@@ -198,6 +203,7 @@ class Judge:
 
     def _floats(self, pair: Pair, metric: str, table: dict[str, float], what: str, cause: str, n: int) -> None:
         threshold = "forced_linears" if metric != "forced.floats" else "forced_floats"
+        threshold = self.thresholds.of(threshold, pair.name)
         limit = self.thresholds[threshold]
         wrong = [name for name, difference in table.items() if not difference <= limit]  # also if NaN
         largest = max(table.values(), default=0.0, key=lambda value: math.inf if math.isnan(value) else value)
@@ -242,12 +248,19 @@ class Judge:
     def _floor_gate(
         self, pair: Pair, metric: str, inside: bool, found: Estimate, floor: Estimate, limit: float, unit: str
     ) -> None:
+        enough = found.n >= self.thresholds["few_images"]
         self.add(
             pair.name,
             metric,
-            inside,
+            inside if enough else "reported",
             f"{_number(found)} {unit}, noise floor {_number(floor)}"
-            + ("." if inside else f": beyond twice what {pair.floor_is} changes."),
+            + (
+                "."
+                if inside
+                else f": beyond twice what {pair.floor_is} changes."
+                if enough
+                else f": beyond twice what {pair.floor_is} changes, on too few images to judge."
+            ),
             "floor_factor",
             found=found.value,
             interval=(found.low, found.high),
@@ -264,7 +277,7 @@ class Judge:
         self.add(
             pair.name,
             "free.codes",
-            not outside,
+            not outside if n >= self.thresholds["few_images"] else "reported",
             f"{100 * different / max(total, 1):.3f} % of the codes differ"
             + (
                 f"; the first layer that leaves its band is {outside[0].name}: {_share(outside[0])}, "
