@@ -435,7 +435,7 @@ def test_altered_plan_is_never_loaded(
         loaded.append(plan)
         raise MissingError("no GPU")
 
-    monkeypatch.setattr("gplq_export.check.chain.Runner", runner)
+    monkeypatch.setattr("gplq_export.check.members.Runner", runner)
     code, report = check(source.data, folder)
     assert (code, cause(report)) == (1, ("export.hash.trt-int4.plan", None))
     pair = report.pair("trt-int4.plan")

@@ -14,7 +14,7 @@ from check_fixture import THRESHOLDS
 from conftest import Quantised
 
 from gplq.checkpoint import Checkpoint, at_image_size, load_checkpoint
-from gplq.errors import CheckpointError, ModelError, UsageError
+from gplq.errors import CheckpointError, UsageError
 from gplq.files import sha256
 from gplq_export.check.gates import Judge
 from gplq_export.check.report import Gate
@@ -166,7 +166,7 @@ def test_float_model_that_cannot_be_loaded_is_an_error_only_if_given(checkpoint:
     (retrained / "model.safetensors").write_bytes(b"damaged")
     moved = replace(checkpoint, provenance={**checkpoint.provenance, "source": str(retrained)})
     assert find_float_model(moved) is None
-    with pytest.raises(ModelError):
+    with pytest.raises(UsageError, match="cannot be loaded safely"):
         find_float_model(checkpoint, str(retrained))
 
 

@@ -63,7 +63,7 @@ from gplq_export.trace import INPUT
 Say = Callable[[str], None]
 _ORT, _OPTIMISED = "ONNX Runtime without optimisation", "ONNX Runtime with all optimisation"
 _CHECKPOINT, _OFF = "the checkpoint in PyTorch", "the checkpoint in PyTorch, quantisers off"
-_CAPTURED, _LARGEST_BATCH = 128 * 2**20, 64  # bytes; images
+_CAPTURED, _LARGEST_BATCH = 64 * 2**20, 64  # bytes; images
 _FLIPS, _PICTURES = 200, 24
 
 
@@ -90,7 +90,7 @@ class Settings:
     Attributes:
         forced_images: so many images for what is teacher-forced, for the twins and for the layers of optimised files;
             everything else takes all.
-        batch_size: images at once; None: as many as keep what is captured of them within 128 MB.
+        batch_size: images at once; None: as many as keep what is captured of them within 64 MB.
         expected_top1: of the float model, in per cent; None: what was measured when the checkpoint was made.
         float_model: the original; without it the pair "float" is skipped.
         served: (name, function) of a served model.

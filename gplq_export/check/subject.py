@@ -120,7 +120,9 @@ def find_float_model(checkpoint: Checkpoint, given: str | None = None) -> FloatM
         )
     except ModelError as error:
         if given:
-            raise UsageError(f"{given}: the checkpoint was made from other weights: {error}") from error
+            raise UsageError(
+                f"{given}: the checkpoint was made from other weights, or these cannot be read: {error}"
+            ) from error
         return None
     if found.sha256 != checkpoint.provenance.get("source_sha256") or found.preprocessing != checkpoint.preprocessing:
         if given:
