@@ -156,6 +156,7 @@ class _Chain:
         self.classifies = checkpoint.spec.num_classes > 0
         self.quantizers = list(frozen_quantizers(checkpoint.model))
         self.pairs: list[Pair] = []
+        self.skipped: dict[str, str | GplqError] = {}  # member -> why it cannot run
         self.on_all: dict[str, Comparison] = {}
         self.on_few: dict[str, Comparison] = {}
         self.members: dict[str, Member] = {
@@ -200,7 +201,6 @@ class _Chain:
 
     def _plan(self) -> None:
         files, few, on_all = self.files, self.on_few, self.on_all
-        self.skipped: dict[str, str | GplqError] = {}
         few["rounding"] = self._compare("off", "torch", units=[name for name, _ in units(self.checkpoint.model)])
         if self.settings.float_model is not None:
             self.members["float"] = module_member(self.settings.float_model.model)

@@ -5,7 +5,7 @@ the float network in each arithmetic, and only then what is quantised.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -362,8 +362,3 @@ def _share(layer: Layer) -> str:
 def _number(estimate: Estimate) -> str:
     digits = 2 if abs(estimate.value) > 1.5 else 6
     return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
-
-
-def failed(gates: Iterable[Gate]) -> Iterator[Gate]:
-    """Those that failed."""
-    return (gate for gate in gates if gate.status == "failed")
