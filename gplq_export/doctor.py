@@ -146,7 +146,7 @@ def what_works(checks: list[Check], builder: Backend | MissingError) -> list[Fea
         running = "needs PyTorch with CUDA, or pip install 'gplq[pycuda]'"
     return [
         *(needs(feature, *names) for feature, names in _CPU_PATH.items()),
-        needs("plot the report", "matplotlib"),
+        needs("plot a bench", "matplotlib"),
         Feature("build engines", can_build, "" if can_build else str(builder)),
         Feature(
             "run engines",
