@@ -327,9 +327,8 @@ class _Chain:
         """Images at once."""
         if self.settings.batch_size is not None:
             return self.settings.batch_size
-        inputs, _ = next(iter(self.source.batches(1)))
         with torch.inference_mode():
-            one = Capture(self.checkpoint.model, inputs).nbytes
+            one = Capture(self.checkpoint.model, self.one).nbytes
         return min(max(_CAPTURED // one, 1), _LARGEST_BATCH)
 
     def _stream(self) -> None:
@@ -353,14 +352,14 @@ class _Chain:
     # Pairs and their gates.
 
     def _pair(
-        self, name: str, comparison: str, reference: str, candidate: str, file: str | None, floor: str | None = None,
+        self, name: str, reference: str, candidate: str, file: str | None, floor: str | None = None,
         floor_is: str | None = None, layers: list[Layer] | None = None, **more: Any,
     ) -> Pair | None:  # fmt: skip
-        """A pair that was compared; one that was skipped is noted, and None returned."""
-        found = self.on_all.get(comparison) or self.on_few.get(comparison)
+        """A pair that was compared under its name; one that was skipped is noted, and None returned."""
+        found = self._found(name)
         base = {"name": name, "reference": reference, "candidate": candidate, "file": file}
         if found is None:
-            reason = self.skipped.get(comparison) or self.skipped.get(f"{comparison}-marked", "not part of this export")
+            reason = self.skipped.get(name) or self.skipped.get(f"{name}-marked", "not part of this export")
             self.pairs.append(Pair(**base, skipped=str(reason)))
             # What is missing on this machine proves nothing. What can run nowhere is wrong.
             wrong = isinstance(reason, GplqError) and not isinstance(reason, MissingError)
@@ -372,7 +371,7 @@ class _Chain:
         if self.source.labelled and self.classifies:
             before, after = reference_said == label, candidate_said == label
             lost, won = int((before & ~after).sum()), int((~before & after).sum())
-        whole = comparison in self.on_all
+        whole = name in self.on_all
         source = self.source if whole else self.few
         pair = Pair(
             **base,
@@ -380,8 +379,8 @@ class _Chain:
             found=outputs.closeness(),
             floor=None if floor is None else (self.on_all if whole else self.on_few)[floor].outputs.closeness(),
             floor_is=floor_is,
-            reference_top=self._top(comparison, "reference"),
-            candidate_top=self._top(comparison, "candidate"),
+            reference_top=self._top(name, "reference"),
+            candidate_top=self._top(name, "candidate"),
             lost=lost,
             won=won,
             flips=self._flips(source, label, reference_said, candidate_said),
@@ -392,8 +391,11 @@ class _Chain:
         self.pairs.append(pair)
         return pair
 
-    def _top(self, comparison: str, side: Literal["reference", "candidate"]) -> Top | None:
-        found = self.on_all.get(comparison) or self.on_few.get(comparison)
+    def _found(self, name: str) -> Comparison | None:
+        return self.on_all.get(name) or self.on_few.get(name)
+
+    def _top(self, name: str, side: Literal["reference", "candidate"]) -> Top | None:
+        found = self._found(name)
         return None if found is None else found.outputs.top(side, self.checkpoint.spec.num_classes)
 
     def _flips(self, source: Source, label: np.ndarray, reference: np.ndarray, candidate: np.ndarray) -> list[Flip]:
@@ -418,14 +420,14 @@ class _Chain:
     def _float(self) -> None:
         self.skipped.setdefault("float", "the float model was not found: name it with --float")
         model = self.settings.float_model
-        pair = self._pair("float", "float", f"the float model {model.source if model else ''}", _CHECKPOINT, None)
+        pair = self._pair("float", f"the float model {model.source if model else ''}", _CHECKPOINT, None)
         if pair is not None:
             self.judge.free(pair)
             self.judge.accuracy(pair, "top1_drop")
 
     def _rounding(self) -> None:
         layers = self.on_few["rounding"].units.layers()
-        pair = self._pair("rounding", "rounding", _OFF, _CHECKPOINT, None, layers=layers)
+        pair = self._pair("rounding", _OFF, _CHECKPOINT, None, layers=layers)
         assert pair is not None
         self.judge.free(pair.model_copy(update={"layers": []}))
 
@@ -437,7 +439,7 @@ class _Chain:
         self.skipped.setdefault(name, self.skipped.get(kind, ""))
         floor_is = f"{mode.words}, quantisers off"
         file = self.files.paths[kind].name
-        pair = self._pair(name, name, _OFF, f"{file}, {_OPTIMISED}", file, floor, floor_is)
+        pair = self._pair(name, _OFF, f"{file}, {_OPTIMISED}", file, floor, floor_is)
         if pair is not None:
             self.judge.free(pair)
 
@@ -449,18 +451,14 @@ class _Chain:
         if "int4" in self.on_all:
             layers = self._layers(self.on_all["int4"], self.on_all["floor-order"])
             forced = self._forced("int4", Back(onnxruntime_reference, _ORT))
-        pair = self._pair(
-            "int4", "int4", _CHECKPOINT, f"{file}, {_ORT}", file, "floor-order", words, layers, forced=forced
-        )
+        pair = self._pair("int4", _CHECKPOINT, f"{file}, {_ORT}", file, "floor-order", words, layers, forced=forced)
         if pair is None:
             return
         assert pair.forced is not None
         self.judge.forced(pair, pair.forced)
         self.judge.free(pair)
         self.judge.accuracy(pair, "back_end_drop")
-        optimised = self._pair(
-            "int4-optimised", "int4-optimised", f"{file}, {_ORT}", f"{file}, {_OPTIMISED}", file, "floor-order", words
-        )
+        optimised = self._pair("int4-optimised", f"{file}, {_ORT}", f"{file}, {_OPTIMISED}", file, "floor-order", words)
         if optimised is not None:
             self.judge.free(optimised)
 
@@ -474,7 +472,6 @@ class _Chain:
             forced = self._forced(kind, back)
             debug = _debug(self.on_few[f"{kind}-debug"])
         pair = self._pair(
-            kind,
             kind,
             _CHECKPOINT,
             f"{file}, {back.words}",
@@ -494,7 +491,7 @@ class _Chain:
     def _engine_graph(self, kind: str) -> None:
         """What an engine is asked to compute, on any machine; whether it does is for the plan to show."""
         file = self.files.paths[kind].name
-        pair = self._pair(kind, kind, _CHECKPOINT, f"{file}, {_ORT}", file, "floor-half", HalfPrecision.words)
+        pair = self._pair(kind, _CHECKPOINT, f"{file}, {_ORT}", file, "floor-half", HalfPrecision.words)
         if pair is not None:
             self.judge.free(pair)
 
@@ -503,7 +500,7 @@ class _Chain:
             file = self.files.paths[kind].name
             floor = "floor-off-half" if twin else "floor-half"
             floor_is = HalfPrecision.words + (", quantisers off" if twin else "")
-            pair = self._pair(kind, kind, _OFF if twin else _CHECKPOINT, f"{file}, TensorRT", file, floor, floor_is)
+            pair = self._pair(kind, _OFF if twin else _CHECKPOINT, f"{file}, TensorRT", file, floor, floor_is)
             if pair is not None:
                 self.judge.free(pair)
                 if not twin:
@@ -513,19 +510,20 @@ class _Chain:
         if self.settings.served is None:
             return
         name, words = self.settings.served[0], AnotherSummationOrder.words
-        pair = self._pair("served", "served", _CHECKPOINT, name, None, "floor-order", words)
+        pair = self._pair("served", _CHECKPOINT, name, None, "floor-order", words)
         if pair is not None:
             self.judge.free(pair)
             self.judge.accuracy(pair, "back_end_drop")
 
     def _forced(self, kind: str, back: Back) -> Any:
+        thresholds = self.settings.thresholds
         return compare_forced(
             self.checkpoint.model,
             self._graph(kind),
             (inputs for inputs, _ in self.few.batches(self.batch_size)),
             self.few.count,
             self.files.paths[kind].name,
-            block_limit=self.settings.thresholds["forced_blocks"],
+            block_limit=thresholds[thresholds.of("forced_blocks", kind)],
             runtime=back.runtime,
             ties=back.ties,
         )
@@ -536,8 +534,6 @@ class _Chain:
             return found.codes.layer(name, "quantizer", band, self.judge.inside(share, band))
 
         return [layer(name) for name in self.quantizers]
-
-    # The images, and the range of FP16.
 
 
 def _debug(comparison: Comparison) -> str:

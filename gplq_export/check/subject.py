@@ -158,17 +158,14 @@ def judge_precision(files: Files, judge: Judge) -> None:
         if f"{name}.plan" not in files.paths or not isinstance(rows, list):
             continue
         lost = [str(row.get("name")) for row in rows if not row.get("kept")]
-        judge.add(
-            EXPORT,
-            f"precision.{name}.plan",
-            not lost,
-            f"read back from the builder: {_get(entry, 'precision', 'summary')}"
-            + (f"; not as promised: {', '.join(lost[:5])}." if lost else "."),
-            layer=lost[0] if lost else None,
-            found=len(lost),
-            limit=0,
-            unit="layers",
-            why="An engine that computes in another precision than its types promise is slower, or is something else.",
+        _judge_lost(
+            judge,
+            f"{name}.plan",
+            lost,
+            "layers",
+            f"read back from the builder: {_get(entry, 'precision', 'summary')}",
+            "; not as promised: ",
+            "An engine that computes in another precision than its types promise is slower, or is something else.",
         )
     for kind, read in KERNELS.items():
         if kind not in files.paths:
@@ -183,18 +180,30 @@ def judge_precision(files: Files, judge: Judge) -> None:
             continue
         wrong = [name for name, kernel in kernels.items() if kernel.promised and not kernel.integer]
         integer = sum(kernel.integer for kernel in kernels.values())
-        judge.add(
-            EXPORT,
-            f"precision.{kind}",
-            not wrong,
-            f"{integer} of {len(kernels)} multiplications run in 8-bit integers on this CPU"
-            + (f"; promised, too, but not: {', '.join(wrong[:5])}." if wrong else "."),
-            layer=wrong[0] if wrong else None,
-            found=len(wrong),
-            limit=0,
-            unit="multiplications",
-            why="What the runtime does not recognise is computed in floating point: right, but slower than FP32.",
+        _judge_lost(
+            judge,
+            kind,
+            wrong,
+            "multiplications",
+            f"{integer} of {len(kernels)} multiplications run in 8-bit integers on this CPU",
+            "; promised, too, but not: ",
+            "What the runtime does not recognise is computed in floating point: right, but slower than FP32.",
         )
+
+
+def _judge_lost(judge: Judge, kind: str, lost: list[str], unit: str, found: str, but: str, why: str) -> None:
+    """The gate on what does not compute in the promised precision: nothing may be ``lost``."""
+    judge.add(
+        EXPORT,
+        f"precision.{kind}",
+        not lost,
+        found + (f"{but}{', '.join(lost[:5])}." if lost else "."),
+        layer=lost[0] if lost else None,
+        found=len(lost),
+        limit=0,
+        unit=unit,
+        why=why,
+    )
 
 
 def _problem(kind: str, path: Path, files: Files, checkpoint: str, trust_engine: bool) -> str | None:
