@@ -2,14 +2,16 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gplq.checkpoint import Checkpoint, frozen_quantizers, integer_linears
 from gplq.convert import units
-from gplq.integer import set_rounding
-from gplq_export.check.capture import AnotherSummationOrder, Capture, HalfPrecision, without_rounding
+from gplq.integer import IntegerConv, set_rounding
+from gplq.ops import Codes
+from gplq_export.check.capture import AnotherSummationOrder, Capture, HalfPrecision, largest_sum, without_rounding
 
 
 def test_capture_sees_what_the_network_computes(checkpoint: Checkpoint, probe: Tensor) -> None:
@@ -94,3 +96,27 @@ def test_half_precision_keeps_codes_and_overflows(checkpoint: Checkpoint, probe:
         assert (torch.tensor([3], dtype=torch.int8) + 1).dtype == torch.int8
         seen = Capture(checkpoint.model, probe)
     assert all(abs(codes).max() <= 128 for codes in seen.codes.values())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_largest_sum_of_a_convolution_is_that_of_its_worst_pixels(groups: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, groups=groups)
+    codes = torch.randint(-8, 8, conv.weight.shape, dtype=torch.int8)
+    scale = torch.rand(6) + 0.1
+    x = torch.randint(-8, 8, (2, 4, 5, 5)).float()
+    found = largest_sum(IntegerConv(conv, codes, scale, None, 4, "conv"), Codes(x, torch.tensor(0.5)))
+    worst = (0.5 * x.abs()).amax((0, 2, 3))
+    for channel, weight in enumerate(codes.abs().double() * scale[:, None, None, None]):
+        inputs = worst.view(groups, -1)[channel * groups // 6]
+        assert found[channel] == pytest.approx(float((weight.sum((1, 2)) * inputs).sum()), rel=1e-6)
+
+
+@torch.inference_mode()
+def test_largest_sum_bounds_what_a_linear_returns(checkpoint: Checkpoint, probe: Tensor) -> None:
+    seen = Capture(checkpoint.model, probe)
+    for name, linear in integer_linears(checkpoint.model).items():
+        bias = 0 if linear.bias is None else linear.bias.numpy()
+        sums = np.abs(seen.linear_outputs[name] - bias).reshape(-1, len(linear.codes)).max(0)
+        assert (sums <= seen.linear_terms[name] * (1 + 1e-5) + 1e-6).all()
+        assert (sums >= seen.linear_terms[name] / 100).any()

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gplq.checkpoint import frozen_quantizers, integer_linears
 from gplq.convert import input_name, output_name, units
-from gplq.integer import FrozenQuantizer, set_rounding
+from gplq.integer import FrozenQuantizer, IntegerLinear, set_rounding
 from gplq.ops import Codes
 
 
@@ -34,6 +34,7 @@ class Capture:
         outputs: of the network, in order.
         inputs: what each quantiser reads. ``codes``: what it returns, int8.
         linear_outputs: what each linear and convolution returns, its bias added.
+        linear_terms: [N], :func:`largest_sum` of each.
         unit_inputs: what each unit is called with, by the names that an export gives them; the last unit's output too.
         unit_outputs: what each unit returns.
     """
@@ -43,6 +44,7 @@ class Capture:
         self.inputs: dict[str, np.ndarray] = {}
         self.codes: dict[str, np.ndarray] = {}
         self.linear_outputs: dict[str, np.ndarray] = {}
+        self.linear_terms: dict[str, np.ndarray] = {}
         self.unit_inputs: dict[str, np.ndarray] = {}
         self.unit_outputs: dict[str, np.ndarray] = {}
         with self._hooks(model):
@@ -79,8 +81,9 @@ class Capture:
         return keep
 
     def _linear_hook(self, name: str) -> Any:
-        def keep(_: nn.Module, __: tuple[Codes], output: Tensor) -> None:
+        def keep(linear: IntegerLinear, args: tuple[Codes], output: Tensor) -> None:
             self.linear_outputs[name] = output.numpy()
+            self.linear_terms[name] = largest_sum(linear, args[0]).numpy()
 
         return keep
 
@@ -94,6 +97,21 @@ class Capture:
             self.unit_outputs[name] = self.unit_inputs[output_name(name)] = tensor.numpy()
 
         return keep
+
+
+def largest_sum(linear: IntegerLinear, x: Codes) -> Tensor:
+    """What a linear or a convolution adds up, signs apart: its last bits are those of this, though its sums may cancel.
+
+    Returns:
+        [N]: the sum of |w x| over an output channel's weights, with the largest |x| that each input has anywhere.
+    """
+    channel = 1 if linear.codes.ndim == 4 else -1
+    largest = (x.values * x.scale).abs().transpose(channel, -1).flatten(0, -2).amax(0)
+    weight = linear.codes.float().abs().flatten(2).sum(2) if linear.codes.ndim == 4 else linear.codes.float().abs()
+    # Of a grouped convolution the weight has a group's inputs only.
+    groups = len(largest) // weight.shape[1]
+    sums = torch.einsum("gnk,gk->gn", weight.unflatten(0, (groups, -1)), largest.unflatten(0, (groups, -1)))
+    return sums.flatten() * linear.weight_scale
 
 
 @contextmanager

@@ -35,8 +35,10 @@ from gplq_export.trace import INPUT
 
 # By so much of its range a number may be wrong that was multiplied by a rounded reciprocal and moved to positive codes.
 _TIE = 2.0**-21
-# A channel with a small range gets its last bits from those with a large one.
+# A channel with a small range gets its last bits from those with a large one,
 _SMALLEST_RANGE = 1e-3
+# and a sum that cancels gets them from what it adds up.
+_SMALLEST_SUM = 1e-2
 _MOST_ROWS = 64
 
 
@@ -145,8 +147,11 @@ class _Floats:
         answers = self._part.run({INPUT: inputs.numpy(), **fed})
         for name, linear in self._linears.items():
             axis = 1 if linear.codes.ndim == 4 else -1
-            expected = seen.linear_outputs[name] * self._factors[name]
-            self.linears[name].append(_difference(answers[self._tensors[name]], expected, axis))
+            found, factor = answers[self._tensors[name]], self._factors[name]
+            terms = np.abs(seen.linear_terms[name] * factor)
+            self.linears[name].append(
+                _difference(found, seen.linear_outputs[name] * factor, axis, _SMALLEST_SUM * terms)
+            )
         for name in self.sources:
             expected = self.taps[name].as_in_graph(seen.inputs[name])
             self.sources[name].append(_difference(answers[self.taps[name].source], expected, -1))
@@ -154,12 +159,12 @@ class _Floats:
             self.outputs[name].append(_difference(answers[name], output.numpy(), 1))
 
 
-def _difference(found: np.ndarray, expected: np.ndarray, axis: int) -> float:
-    """The largest difference of a channel, relative to the channel's largest value, or to a share of the largest."""
+def _difference(found: np.ndarray, expected: np.ndarray, axis: int, smallest: np.ndarray | float = 0.0) -> float:
+    """The largest difference of a channel, relative to its largest value, but at least to ``smallest``, by channel."""
     others = tuple(i for i in range(expected.ndim) if i != axis % expected.ndim)
     ranges = np.abs(expected).max(others)
-    smallest = max(_SMALLEST_RANGE * float(ranges.max()), 1e-30)
-    return float((np.abs(found - expected).max(others) / np.maximum(ranges, smallest)).max())
+    ranges = np.maximum(np.maximum(ranges, smallest), max(_SMALLEST_RANGE * float(ranges.max()), 1e-30))
+    return float((np.abs(found - expected).max(others) / ranges).max())
 
 
 def _largest(differences: Mapping[str, list[float]]) -> dict[str, float]:
