@@ -42,7 +42,7 @@ from gplq_export.engine import Backend, BuilderOptions, build_engine, find_build
 from gplq_export.inspect import storage
 from gplq_export.kernels import KERNELS, Kernel, check_kernels
 from gplq_export.lowering import linear_nodes, lower
-from gplq_export.manifest import CHECKPOINT, SCHEMA_VERSION, TOOL, is_intact
+from gplq_export.manifest import CHECKPOINT, MANIFEST, SCHEMA_VERSION, TOOL, is_intact
 from gplq_export.precision import EngineReport, PrecisionTable, check_precision, precision_table
 from gplq_export.promise import promise
 from gplq_export.qdq import QdqGraph
@@ -159,10 +159,10 @@ def export(
         if reproduce is not None:
             write_text(folder / REPRODUCE, reproduce)
             (folder / REPRODUCE).chmod(0o755)
-        write_json(folder / "manifest.json", _manifest(checkpoint, result))
+        write_json(folder / MANIFEST, _manifest(checkpoint, result))
         if images is not None:
             _check(checkpoint, folder, images, forced_images, result, say)
-            write_json(folder / "manifest.json", _manifest(checkpoint, result))  # with the problems that were found
+            write_json(folder / MANIFEST, _manifest(checkpoint, result))  # with the problems that were found
     result.problems.sort(key=lambda error: _SEVERITY.index(type(error)))
     return result
 
@@ -176,12 +176,12 @@ def _is_ours(out: Path) -> bool:
     if not out.is_dir():
         return False
     try:
-        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return not any(out.iterdir())
     if not isinstance(manifest, dict) or manifest.get("tool") != TOOL:
         return False
-    written = {"manifest.json", "reports", REPRODUCE, *manifest.get("files", {})}
+    written = {MANIFEST, "reports", REPRODUCE, *manifest.get("files", {})}
     for path in out.iterdir():
         # A checkpoint that was moved in here would be lost with the rest.
         ours = path.name in written and (path.name != CHECKPOINT or is_intact(out, manifest, CHECKPOINT))

@@ -16,13 +16,13 @@ import onnx_ir as ir
 
 from gplq.errors import GateError, UsageError
 from gplq.files import sha256
+from gplq_export.manifest import MANIFEST, read_manifest
 from gplq_export.onnx_file import printable, read_onnx
 from gplq_export.qdq import QdqGraph, channels, code_type, is_dequantize, is_op, is_quantize, operand
 
 SCHEMA_VERSION = "1.0"
 _ZIP, _RTX_PLAN = b"PK\x03\x04", b"vtrt"
 _PLAN_SUFFIXES = (".plan", ".engine", ".trt")
-_MANIFEST_BYTES = 64 * 2**20  # far more than any that we write
 _SHOWN_CHARACTERS, _SHOWN_ITEMS = 96, 6
 _INTEGER_KERNELS = {"MatMulInteger": 1, "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1, "QLinearMatMul": 3}
 _BITS_8 = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
@@ -185,14 +185,15 @@ _OTHER_HASH = "describes another file of this name: the hashes differ"
 
 
 def _plan(path: Path, basics: dict[str, Any]) -> dict[str, Any]:
-    manifest_path = path.parent / "manifest.json"
-    if not manifest_path.is_file():
+    if not (path.parent / MANIFEST).is_file():
         return {"manifest": _NO_MANIFEST}
-    manifest = _read_manifest(manifest_path)
-    listed = _part(manifest, "files", path.name)
-    if not listed:
+    try:
+        manifest = read_manifest(path.parent)
+    except UsageError as error:
+        return {"manifest": f"{error} Nothing is known about precisions."}
+    if path.name not in manifest["files"]:
         return {"manifest": _NOT_LISTED}
-    if listed.get("sha256") != basics["sha256"]:
+    if manifest["files"][path.name]["sha256"] != basics["sha256"]:
         return {"manifest": _OTHER_HASH}
     # An engine's hash, not its name, says which it is.
     engines = [_part(entry) for entry in _part(manifest, "engines").values()]
@@ -206,17 +207,6 @@ def _plan(path: Path, basics: dict[str, Any]) -> dict[str, Any]:
         "precision": str(_part(engine, "precision").get("summary", "unknown")),
         "checkpoint_sha256": _part(manifest, "checkpoint").get("sha256"),
     }
-
-
-def _read_manifest(path: Path) -> Any:
-    try:
-        if path.stat().st_size > _MANIFEST_BYTES:
-            raise UsageError(f"{path} has {path.stat().st_size:,} bytes: gplq-export wrote no such manifest.")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{path} cannot be read: {error}. Export again, or inspect a copy of the engine alone."
-        ) from error
 
 
 def _part(content: Any, *keys: str) -> dict[str, Any]:

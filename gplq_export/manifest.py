@@ -9,6 +9,7 @@ from gplq.files import sha256
 
 SCHEMA_VERSION = "3.0"
 TOOL = "gplq-export"
+MANIFEST = "manifest.json"
 _LARGEST = 256 * 2**20  # bytes; ours have a few hundred kilobytes
 CHECKPOINT = "model.pt"  # the checkpoint, in the folder of an export
 
@@ -19,7 +20,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: there is none that gplq-export wrote, or it was altered, or it is from a newer version.
     """
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     try:
         if path.stat().st_size > _LARGEST:
             raise UsageError(f"{path} has {path.stat().st_size:,} bytes: gplq-export wrote no such manifest.")

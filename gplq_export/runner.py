@@ -12,7 +12,6 @@ Importing this module needs neither TensorRT nor a GPU.
 import contextlib
 import hashlib
 import importlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 
 from gplq.errors import BuildError, MissingError, UsageError
 from gplq_export.engine import Batch, log_recorder, optional_module
+from gplq_export.manifest import MANIFEST, read_manifest
 
 _ALIGNMENT = 256  # bytes; TensorRT reads and writes tensors from such addresses
 _HEADER = 28  # bytes up to the version's end
@@ -74,7 +74,7 @@ def read_plan(plan: Path, sha256: str | None = None) -> bytes:
     ``sha256``: what they must hash to, hexadecimal; None: what the manifest.json in the same folder says.
 
     Raises:
-        UsageError: the file is missing, altered, no plan, or nothing says what it should hash to.
+        UsageError: the file is missing, altered, no plan, or nothing readable says what it should hash to.
     """
     read_header(plan)  # says what is wrong in better words than a wrong hash would
     expected = sha256 or _from_manifest(plan)
@@ -89,18 +89,15 @@ def read_plan(plan: Path, sha256: str | None = None) -> bytes:
 
 
 def _from_manifest(plan: Path) -> str:
-    path = plan.parent / "manifest.json"
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["files"][plan.name]["sha256"])
-    except FileNotFoundError as error:
+    if not (plan.parent / MANIFEST).is_file():
         raise UsageError(
-            f"{plan} has no manifest.json beside it that says what its SHA-256 must be, and a plan is a program. Keep "
-            "the two together, or pass the SHA-256 that you trust."
-        ) from error
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise UsageError(
-            f"{path} does not say what the SHA-256 of {plan.name} must be: it is of another export."
-        ) from error
+            f"{plan} has no {MANIFEST} beside it that says what its SHA-256 must be, and a plan is a program. Keep the "
+            "two together, or pass the SHA-256 that you trust."
+        )
+    files = read_manifest(plan.parent)["files"]
+    if plan.name not in files:
+        raise UsageError(f"{plan.parent / MANIFEST} does not list {plan.name}: it is of another export.")
+    return str(files[plan.name]["sha256"])
 
 
 class Runner:

@@ -28,9 +28,13 @@ def write_plan(folder: Path, content: bytes = PLAN, sha256: str | None = None) -
     """A plan with its manifest."""
     path = folder / "model.plan"
     path.write_bytes(content)
-    digest = sha256 or hashlib.sha256(content).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps({"files": {path.name: {"sha256": digest}}}), encoding="utf-8")
+    write_manifest(path, sha256 or hashlib.sha256(content).hexdigest())
     return path
+
+
+def write_manifest(plan: Path, sha256: str) -> None:
+    content = {"tool": "gplq-export", "schema_version": "3.0", "files": {plan.name: {"sha256": sha256}}}
+    (plan.parent / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def test_header(tmp_path: Path) -> None:
@@ -52,11 +56,11 @@ def test_plan_must_be_the_one_in_the_manifest(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not the plan that was built"):
         read_plan(plan)
     assert read_plan(plan, sha256=hashlib.sha256(altered).hexdigest().upper()) == altered
-    (tmp_path / "manifest.json").write_text('{"files": {"other.plan": {}}}', encoding="utf-8")
+    write_manifest(tmp_path / "other.plan", "0")
     with pytest.raises(UsageError, match="it is of another export"):
         read_plan(plan)
     (tmp_path / "manifest.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(UsageError, match="it is of another export"):
+    with pytest.raises(UsageError, match=r"no readable manifest\.json"):
         read_plan(plan)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(UsageError, match=r"no manifest\.json beside it.*pass the SHA-256"):
@@ -342,8 +346,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         options=engine.BuilderOptions(profiles=((1, 1, 1),)),
         backend=backend,
     )
-    manifest = {"files": {"model.plan": {"sha256": report.plan_sha256}}}
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_manifest(folder / "model.plan", report.plan_sha256)
     header = read_header(folder / "model.plan")
     assert header.backend == backend.name
     assert header.version.startswith(backend.version) or backend.version.startswith(header.version)

@@ -446,18 +446,11 @@ class _Chain:
     def _int4(self) -> None:
         if "int4" not in self.files.paths:
             return
-        words, file = AnotherSummationOrder.words, self.files.paths["int4"].name
-        layers, forced = None, None
-        if "int4" in self.on_all:
-            layers = self._layers(self.on_all["int4"], self.on_all["floor-order"])
-            forced = self._forced("int4", Back(onnxruntime_reference, _ORT))
-        pair = self._pair("int4", _CHECKPOINT, f"{file}, {_ORT}", file, "floor-order", words, layers, forced=forced)
-        if pair is None:
+        ran = "int4" in self.on_all
+        layers = self._layers(self.on_all["int4"], self.on_all["floor-order"]) if ran else None
+        if not self._quantised("int4", Back(onnxruntime_reference, _ORT), layers):
             return
-        assert pair.forced is not None
-        self.judge.forced(pair, pair.forced)
-        self.judge.free(pair)
-        self.judge.accuracy(pair, "back_end_drop")
+        words, file = AnotherSummationOrder.words, self.files.paths["int4"].name
         optimised = self._pair("int4-optimised", f"{file}, {_ORT}", f"{file}, {_OPTIMISED}", file, "floor-order", words)
         if optimised is not None:
             self.judge.free(optimised)
@@ -465,28 +458,25 @@ class _Chain:
     def _deployment(self, kind: str) -> None:
         if kind not in self.files.paths:
             return
-        back, file = DEPLOYMENTS[kind], self.files.paths[kind].name
-        layers, forced, debug = None, None, None
+        layers, debug = None, None
         if kind in self.on_all:
             layers = self._layers(self.on_few[f"{kind}-marked"], self.on_few["floor-order"])
-            forced = self._forced(kind, back)
             debug = _debug(self.on_few[f"{kind}-debug"])
-        pair = self._pair(
-            kind,
-            _CHECKPOINT,
-            f"{file}, {back.words}",
-            file,
-            "floor-order",
-            AnotherSummationOrder.words,
-            layers,
-            forced=forced,
-            debug=debug,
-        )
-        if pair is not None:
-            assert pair.forced is not None
-            self.judge.forced(pair, pair.forced)
-            self.judge.free(pair)
-            self.judge.accuracy(pair, "back_end_drop")
+        self._quantised(kind, DEPLOYMENTS[kind], layers, debug)
+
+    def _quantised(self, kind: str, back: Back, layers: list[Layer] | None, debug: str | None = None) -> bool:
+        """A file that computes in FP32 between its codes, fed by PyTorch and on its own; whether it ran."""
+        file = self.files.paths[kind].name
+        words, order = f"{file}, {back.words}", AnotherSummationOrder.words
+        forced = self._forced(kind, back) if kind in self.on_all else None
+        pair = self._pair(kind, _CHECKPOINT, words, file, "floor-order", order, layers, forced=forced, debug=debug)
+        if pair is None:
+            return False
+        assert pair.forced is not None
+        self.judge.forced(pair, pair.forced)
+        self.judge.free(pair)
+        self.judge.accuracy(pair, "back_end_drop")
+        return True
 
     def _engine_graph(self, kind: str) -> None:
         """What an engine is asked to compute, on any machine; whether it does is for the plan to show."""

@@ -38,7 +38,7 @@ _TIE = 2.0**-21
 # A channel with a small range gets its last bits from those with a large one,
 _SMALLEST_RANGE = 1e-3
 # and a sum that cancels gets them from what it adds up.
-_SMALLEST_SUM = 1e-2
+_SMALLEST_SUM = 5e-2
 _MOST_ROWS = 64
 
 

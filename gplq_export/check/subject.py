@@ -13,7 +13,7 @@ from gplq.models import WEIGHT_SUFFIXES, FloatModel, load_model
 from gplq_export.check.gates import Judge
 from gplq_export.check.report import File, Subject
 from gplq_export.kernels import KERNELS
-from gplq_export.manifest import CHECKPOINT, input_shape, is_intact, read_manifest
+from gplq_export.manifest import CHECKPOINT, MANIFEST, input_shape, is_intact, read_manifest
 from gplq_export.onnx_file import read_onnx
 
 EXPORT = "export"  # what gates on the files are filed under, where others have a pair
@@ -52,7 +52,7 @@ class Files:
             folder = folders.pop()
             if folders:
                 raise UsageError("files to check must lie in one folder, that of their export.")
-            if (folder / "manifest.json").exists():
+            if (folder / MANIFEST).exists():
                 manifest = read_manifest(folder)
         found: dict[str, Path] = {}
         for path in named:

@@ -20,6 +20,7 @@ import numpy as np
 
 from gplq.cli import positive
 from gplq.errors import DataError, GplqError, MissingError, UsageError
+from gplq_export.manifest import MANIFEST, read_manifest
 from gplq_export.runtimes import package
 from gplq_export.triton.config import PREPROCESSING
 
@@ -307,11 +308,11 @@ def read_preprocessing(path: Path) -> "Preprocess":
         from gplq.checkpoint import load_checkpoint
 
         return _preprocess(load_checkpoint(path).preprocessing.to_dict())
+    manifest = read_manifest(path)
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         return _preprocess(manifest["preprocessing"])
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise UsageError(f"{path} is no folder that gplq-export wrote: it has no readable manifest.json.") from error
+    except (ValueError, TypeError, LookupError) as error:
+        raise UsageError(f"{path / MANIFEST} does not say how images are preprocessed: it is damaged.") from error
 
 
 def _preprocess(settings: dict[str, Any]) -> "Preprocess":
