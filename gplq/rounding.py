@@ -23,12 +23,15 @@ def round_weight(weight: Tensor, moment: Tensor, recipe: Recipe) -> tuple[Tensor
     if recipe.stage2.range == "output":
         return _round_best(weight, moment, recipe)
     scale = _range_scale(weight, moment, recipe)
-    return _codes(weight, scale, moment, recipe), scale
+    return _codes(weight, scale, moment, recipe)[0], scale
 
 
-def _codes(weight: Tensor, scale: Tensor, moment: Tensor, recipe: Recipe) -> Tensor:
+def _codes(weight: Tensor, scale: Tensor, moment: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Codes [N, K] and what they cost, [N]: the mean over inputs of an output's squared error."""
     if recipe.stage2.rounding == "nearest":
-        return quantize_rows(weight, scale, recipe.weight_bits)
+        codes = quantize_rows(weight, scale, recipe.weight_bits)
+        difference = weight.double() - codes * scale[:, None].double()
+        return codes, ((difference @ moment.double()) * difference).sum(1)
     return gptq_codes(weight, scale, moment, recipe.weight_bits, recipe.stage2.damping)
 
 
@@ -56,9 +59,8 @@ def _round_best(weight: Tensor, moment: Tensor, recipe: Recipe) -> tuple[Tensor,
     shares = torch.tensor(_SHARES, device=weight.device)
     scale = round_scale(shares[:, None] * widest, recipe.scale_grid)  # [S, N]
     # All scales in one call, as if they were more output channels.
-    codes = _codes(weight.repeat(len(shares), 1), scale.flatten(), moment, recipe).reshape(-1, rows, columns)
-    difference = weight.double() - codes * scale[..., None].double()
-    error = ((difference @ moment.double()) * difference).sum(-1)
+    codes, error = _codes(weight.repeat(len(shares), 1), scale.flatten(), moment, recipe)
+    codes, error = codes.reshape(-1, rows, columns), error.reshape(-1, rows)
     if recipe.stage2.granularity == "per_tensor":
         error = error.sum(1, keepdim=True).expand_as(error)
     best = error.argmin(0)
@@ -66,29 +68,37 @@ def _round_best(weight: Tensor, moment: Tensor, recipe: Recipe) -> tuple[Tensor,
     return codes[best, channel].clone(), scale[best, channel].clone()
 
 
-def gptq_codes(weight: Tensor, scale: Tensor, moment: Tensor, bits: int, damping: float) -> Tensor:
-    """Second-order rounding of a weight [N, K] for inputs of second moment [K, K]; int8 codes [N, K].
+def gptq_codes(weight: Tensor, scale: Tensor, moment: Tensor, bits: int, damping: float) -> tuple[Tensor, Tensor]:
+    """Second-order rounding of a weight [N, K] for inputs of second moment [K, K].
 
     Columns are taken by falling importance. ``damping`` is the share of the mean diagonal that is added to the
     diagonal, for inputs of low rank.
+
+    Returns:
+        The codes, int8 [N, K], and (W - W_q) moment (W - W_q)^T of each row, FP64 [N].
     """
     hessian = moment.double().clone()
     diagonal = hessian.diagonal()
-    diagonal += damping * diagonal.mean().clamp_min(1e-12)
+    ridge = damping * diagonal.mean().clamp_min(1e-12)
+    diagonal += ridge
     order = diagonal.argsort(descending=True)
     hessian = hessian[order][:, order]
     # Row k of the upper Cholesky factor of the inverse tells how column k's error is undone by the later columns.
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
-    remaining = weight.detach()[:, order].clone()
-    codes = torch.empty_like(remaining)
-    for start in range(0, remaining.shape[1], _COLUMNS_AT_ONCE):
-        # Later columns hear of the errors once per group: the same sums, as one matmul.
+    # Transposed, so that a column of the weight lies in one piece.
+    columns = weight.detach().T[order]
+    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
+    lost = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    for start in range(0, len(columns), _COLUMNS_AT_ONCE):
+        # A group hears of the errors before it once, as one matmul, and each of its columns of those within it.
         group = slice(start, start + _COLUMNS_AT_ONCE)
-        columns, within = remaining[:, group], factor[group, group]
-        errors = torch.empty_like(columns)
-        for k in range(columns.shape[1]):
-            codes[:, start + k] = quantize(columns[:, k], scale, bits, signed=True)
-            errors[:, k] = (columns[:, k] - codes[:, start + k] * scale) / within[k, k]
-            columns[:, k + 1 :] -= torch.outer(errors[:, k], within[k, k + 1 :])
-        remaining[:, group.stop :] -= errors @ factor[group, group.stop :]
-    return codes[:, order.argsort()].to(torch.int8)
+        within, missed = factor[group, group], errors[group]
+        now = columns[group] - factor[:start, group].T @ errors[:start]
+        for k, column in enumerate(now):
+            column -= within[:k, k] @ missed[:k]
+            codes[start + k] = quantize(column, scale, bits, signed=True)
+            missed[k] = (column - codes[start + k] * scale) / within[k, k]
+        # The factor makes the damped error a sum of squares.
+        difference = columns[group] - codes[group] * scale
+        lost += missed.double().square().sum(0) - ridge * difference.double().square().sum(0)
+    return codes[order.argsort()].T.to(torch.int8).contiguous(), lost

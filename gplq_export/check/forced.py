@@ -35,10 +35,11 @@ from gplq_export.trace import INPUT
 
 # By so much of its range a number may be wrong that was multiplied by a rounded reciprocal and moved to positive codes.
 _TIE = 2.0**-21
-# A channel with a small range gets its last bits from those with a large one,
-_SMALLEST_RANGE = 1e-3
-# and a sum that cancels gets them from what it adds up.
-_SMALLEST_SUM = 5e-2
+# A channel of which little is left gets its last bits from what it adds up: a linear's from its products; what a
+# network returns, and what lies between, from about the largest channel.
+_OF_SUM = 5e-2
+_OF_LARGEST_OUTPUT = 5e-2
+_OF_LARGEST = 1e-3
 _MOST_ROWS = 64
 
 
@@ -148,22 +149,22 @@ class _Floats:
         for name, linear in self._linears.items():
             axis = 1 if linear.codes.ndim == 4 else -1
             found, factor = answers[self._tensors[name]], self._factors[name]
-            terms = np.abs(seen.linear_terms[name] * factor)
-            self.linears[name].append(
-                _difference(found, seen.linear_outputs[name] * factor, axis, _SMALLEST_SUM * terms)
-            )
+            smallest = _OF_SUM * np.abs(seen.linear_terms[name] * factor)
+            self.linears[name].append(_difference(found, seen.linear_outputs[name] * factor, axis, smallest))
         for name in self.sources:
             expected = self.taps[name].as_in_graph(seen.inputs[name])
-            self.sources[name].append(_difference(answers[self.taps[name].source], expected, -1))
+            smallest = _OF_LARGEST * np.abs(expected).max()
+            self.sources[name].append(_difference(answers[self.taps[name].source], expected, -1, smallest))
         for name, output in zip(self._outputs, seen.outputs, strict=True):
-            self.outputs[name].append(_difference(answers[name], output.numpy(), 1))
+            expected = output.numpy()
+            smallest = _OF_LARGEST_OUTPUT * np.abs(expected).max()
+            self.outputs[name].append(_difference(answers[name], expected, 1, smallest))
 
 
-def _difference(found: np.ndarray, expected: np.ndarray, axis: int, smallest: np.ndarray | float = 0.0) -> float:
-    """The largest difference of a channel, relative to its largest value, but at least to ``smallest``, by channel."""
+def _difference(found: np.ndarray, expected: np.ndarray, axis: int, smallest: np.ndarray) -> float:
+    """The largest difference of a channel, relative to its largest value, but at least to ``smallest``, [] or [N]."""
     others = tuple(i for i in range(expected.ndim) if i != axis % expected.ndim)
-    ranges = np.abs(expected).max(others)
-    ranges = np.maximum(np.maximum(ranges, smallest), max(_SMALLEST_RANGE * float(ranges.max()), 1e-30))
+    ranges = np.maximum(np.abs(expected).max(others), np.maximum(smallest, 1e-30))
     return float((np.abs(found - expected).max(others) / ranges).max())
 
 
