@@ -493,7 +493,7 @@ def test_another_architecture(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "depth", "images"), [(1, 2, 64), (2, 4, 300), (3, 4, 600), (4, 2, 33), (5, 3, 511)])
+@pytest.mark.parametrize(("seed", "depth", "images"), [(1, 2, 64), (4, 2, 33), (2, 4, 511)])
 def test_no_false_alarm(tmp_path: Path, seed: int, depth: int, images: int) -> None:
     source = make(tmp_path / "made", seed=seed, depth=depth)
     options = ("--images", str(images), "--max-drop", "100")  # what 4 bits cost such a small network is no fault
