@@ -62,6 +62,7 @@ def compare(logits: Tensor, reference: Tensor, labels: Tensor) -> dict[str, Any]
     }
 
 
+@torch.no_grad()
 def weight_change(before: nn.Module, after: nn.Module) -> dict[str, float]:
     """How far Stage 1 moved the weights of the linears, mean over layers: |dW| and |dW| / |W|."""
     old, new = dict(before.named_parameters()), dict(after.named_parameters())

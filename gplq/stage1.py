@@ -233,6 +233,8 @@ class Trainer:
         for parameter in self.frozen:
             parameter.requires_grad_(False)
         self._checkpointing(self.settings.gradient_checkpointing)
+        for module in _caching(self.student):
+            module.training = True  # itself, not what is in it
         self.objective: nn.Module = _Objective(self.student, loss)
         if self.sharded:
             shard(self.objective, [quantizer.raw_scale for quantizer in self.quantizers], self.device)
@@ -258,6 +260,8 @@ class Trainer:
                 for name, tensor in self.student.state_dict().items():
                     target[name].copy_(gather(tensor))
             self.whole.to(self.device)
+        for module in _caching(self.whole):
+            module.eval()  # drops what it has kept
 
     def _checkpointing(self, enable: bool) -> None:
         switch = getattr(self.student, "set_grad_checkpointing", None)
@@ -396,6 +400,11 @@ class Trainer:
         for handle in handles:
             handle.remove()
         return found[0] if found else None
+
+
+def _caching(model: nn.Module) -> list[nn.Module]:
+    """Attentions that outside of training mode keep a copy of their biases, which would then never learn (LeViT)."""
+    return [module for module in model.modules() if hasattr(module, "attention_bias_cache")]
 
 
 @contextlib.contextmanager

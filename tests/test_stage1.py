@@ -347,6 +347,29 @@ def test_only_scales_learn_if_weights_do_not(float_model: FloatModel, train_set:
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
+def test_attention_biases_that_timm_keeps_a_copy_of_are_trained() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("levit_128s", num_classes=5).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bn.weight"):
+                parameter.fill_(1)  # timm starts with attentions that add nothing
+    batch = torch.randn(2, 3, 224, 224), torch.tensor([1, 3])
+    recipe = fast_recipe(alpha=0, lr=1e-3)
+    student = convert(model, recipe)
+    calibrate_on(student, lambda part: student(part[0]), [batch], 1, recipe)
+    biases = {name: p.detach().clone() for name, p in student.named_parameters() if "attention_biases" in name}
+
+    def loss(model: nn.Module, part: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"task": nn.functional.cross_entropy(model(part[0]), part[1])}
+
+    with stage1.Trainer(student, loss, recipe) as trainer:
+        before = [trainer.advance([batch])["task"] for _ in range(2)][-1]
+    assert any(not torch.equal(student.get_parameter(name), bias) for name, bias in biases.items())
+    with torch.no_grad():  # and what it computes with now is what it has learnt
+        assert float(nn.functional.cross_entropy(student(batch[0]), batch[1])) < before
+
+
 def test_a_bad_gradient_stops_before_the_step(float_model: FloatModel, train_set: ImageSet) -> None:
     recipe, states = fast_recipe(checkpoint_seconds=1e-9), []
     student = make_student(float_model, train_set, recipe)
