@@ -9,24 +9,28 @@ r"""Top-1 of one model under many recipes and seeds, as dated JSON: what each pa
 Every row is a recipe that ``gplq quantize --recipe`` takes. Rows with the same Stage 1 (calibration, Stage 1 and
 seed) share its result. Each row is measured on the same test images as the float model, so that differences to it are
 paired: their interval is far narrower than those of the accuracies. The file is written after every row; the same
-command goes on where it was.
+command goes on where it was. ``--fp32-scales`` measures each row once more with scales that FP16 does not hold, to see
+what that grid costs; such a network is not for export.
 """
 
 import argparse
 import ast
+import contextlib
 import copy
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gplq import Recipe, load_model, stage1, stage2
+from gplq import Recipe, fold, load_model, rounding, stage1, stage2
 from gplq.calibrate import activation_quantizers, calibrate
 from gplq.convert import convert
 from gplq.data import ImageSet, batches, check_labels, open_images
@@ -70,6 +74,15 @@ def weight_change(before: nn.Module, after: nn.Module) -> dict[str, float]:
     absolute = [float((b - a).abs().mean()) for a, b in pairs]
     relative = [float((b - a).abs().mean() / a.abs().mean()) for a, b in pairs]
     return {"mean_absolute": sum(absolute) / len(pairs), "relative": sum(relative) / len(pairs)}
+
+
+@contextlib.contextmanager
+def fp32_scales() -> Iterator[None]:
+    """Within the block, Stage 2 takes every scale as it is."""
+    with contextlib.ExitStack() as stack:
+        for module in (fold, rounding, stage2):
+            stack.enter_context(mock.patch.object(module, "round_scale", lambda scale, _: scale))
+        yield
 
 
 class Bench:
@@ -122,14 +135,15 @@ class Bench:
                 quantizer.mode = "quantize"
         return student, result
 
-    def run(self, name: str, recipe: Recipe) -> None:
+    def run(self, name: str, recipe: Recipe, any_scale: bool) -> None:
         """Measure one row, unless it is there."""
         if name in self.rows:
             return
         student, row = self.student(recipe)
         model = copy.deepcopy(student)
         begin = time.monotonic()
-        reports = stage2.quantize_weights(model, self.train, recipe)
+        with fp32_scales() if any_scale else contextlib.nullcontext():
+            reports = stage2.quantize_weights(model, self.train, recipe)
         row = {
             "recipe": recipe.to_dict(),
             **row,
@@ -180,6 +194,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--recipes", type=Path, nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--fp32-scales", action="store_true", help="also each row with scales that FP16 does not hold")
     parser.add_argument("--images", type=int, help="measure on so many test images, evenly spread (default: all)")
     parser.add_argument("--name", required=True, help="of the result: DATE-accuracy-NAME.json")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -195,7 +210,9 @@ def main() -> None:
     # Neighbours share their Stage 1.
     rows.sort(key=lambda row: json.dumps({**row[1].to_dict(), "stage2": None}, sort_keys=True, default=str))
     for name, recipe in rows:
-        bench.run(name, recipe)
+        bench.run(name, recipe, any_scale=False)
+        if arguments.fp32_scales:
+            bench.run(f"{name}, FP32 scales", recipe, any_scale=True)
     print(f"wrote {path}\n\n{table(bench.rows)}")
 
 
