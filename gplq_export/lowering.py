@@ -23,7 +23,7 @@ from gplq import __version__
 from gplq.errors import BuildError
 from gplq_export.dialect import DOMAIN
 from gplq_export.passes.common import MARKED
-from gplq_export.targets import GraphWriter, Quantizer, Target, Weight, codes_name
+from gplq_export.targets import GraphWriter, Quantizer, Target, Weight, codes_name, in_float_type
 from gplq_export.trace import WEIGHTED, is_dialect, node_name
 
 
@@ -156,7 +156,7 @@ def _change_float_type(graph: ir.Graph, float_type: ir.DataType) -> None:
     for value in list(graph.initializers.values()):
         if value.dtype == ir.DataType.FLOAT:
             # Scales are FP16-exact, so that this rounds embeddings, norms and biases only.
-            array = _array(value).astype(float_type.numpy())
+            array = in_float_type(_array(value), float_type)
             value.const_value = ir.Tensor(array, name=value.name)
             value.type = ir.TensorType(float_type)  # not value.dtype: the type object is shared with the original
     for node in graph:

@@ -282,3 +282,16 @@ def test_fp8_names_the_gpus_that_have_none() -> None:
     TARGETS["trt-int8"]().check_gpus((75,))
     with pytest.raises(UsageError, match=r"trt-fp8 needs compute capability 89 or higher.*, but 75, 86 was asked for"):
         TARGETS["trt-fp8"]().check_gpus((86, 120, 75))
+
+
+@pytest.mark.parametrize("target", ["fp16", "trt-int8"])
+def test_constants_beyond_fp16_are_infinite_without_a_word(dialect: ir.Model, target: str) -> None:
+    """The probe of the range names them; a warning of NumPy's would be an error here."""
+    graph = dialect.clone()
+    value = graph.graph.initializers["blocks.1.norm2.bias"]
+    assert value.const_value is not None
+    value.const_value = ir.Tensor(np.full_like(value.const_value.numpy(), 1e6), name=value.name)
+    found = lower(graph, TARGETS[target](), {}).graph.initializers["blocks.1.norm2.bias"].const_value
+    assert found is not None
+    assert found.dtype == ir.DataType.FLOAT16
+    assert np.isinf(found.numpy()).all()

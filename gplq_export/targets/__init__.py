@@ -14,7 +14,7 @@ laid out [K, N], scales one an output channel on axis 1 (those of convolutions [
 Transpose, and behind a Cast only on CPUs: TensorRT computes such a MatMul in floating point without telling.
 """
 
-from gplq_export.targets.base import GraphWriter, Pass, Quantizer, Target, Weight, codes_name
+from gplq_export.targets.base import GraphWriter, Pass, Quantizer, Target, Weight, codes_name, in_float_type
 from gplq_export.targets.cpu import Cpu
 from gplq_export.targets.fp16 import Float16
 from gplq_export.targets.fp32 import Float32
@@ -40,6 +40,7 @@ __all__ = [
     "TensorRTInt8",
     "Weight",
     "codes_name",
+    "in_float_type",
 ]
 
 TARGETS: dict[str, type[Target]] = {

@@ -71,11 +71,17 @@ class GraphWriter:
 
     def floating(self, name: str, array: np.ndarray) -> ir.Value:
         """A floating point initialiser of the graph's own type."""
-        return self.constant(name, array.astype(self.float_type.numpy()))
+        return self.constant(name, in_float_type(array, self.float_type))
 
     def zero_point(self, code_type: ir.DataType) -> ir.Value:
         """The zero that names the type of codes; there are no others, all grids are symmetric."""
         return self.constant(f"zero_{code_type.name.lower()}", np.zeros((), _NUMPY[code_type]))
+
+
+def in_float_type(array: np.ndarray, float_type: ir.DataType) -> np.ndarray:
+    """``array`` in FP32 or FP16; beyond FP16's range infinite, of which the probe of the range tells more than NumPy."""
+    with np.errstate(over="ignore"):
+        return array.astype(float_type.numpy())
 
 
 @dataclass(frozen=True)
