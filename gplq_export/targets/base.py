@@ -79,7 +79,7 @@ class GraphWriter:
 
 
 def in_float_type(array: np.ndarray, float_type: ir.DataType) -> np.ndarray:
-    """``array`` in FP32 or FP16; beyond FP16's range infinite, of which the probe of the range tells more than NumPy."""
+    """``array`` in FP32 or FP16; beyond FP16's range infinite: the probe of the range says more than NumPy."""
     with np.errstate(over="ignore"):
         return array.astype(float_type.numpy())
 
