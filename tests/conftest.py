@@ -67,6 +67,12 @@ def fast_recipe(**stage1: Any) -> Recipe:
     return Recipe.from_dict({"calibration": {"images": 64}, "stage1": settings, "stage2": {"images": 64}})
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no process is left with one at the end while the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _same_everywhere() -> None:
     """One thread, here and in every program that a test starts: another number of threads sums in another order."""
