@@ -242,14 +242,17 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         read_thresholds(tmp_path / "binary.yaml")
 
 
-def test_a_pair_may_have_a_limit_of_its_own() -> None:
+def test_a_pair_may_have_a_limit_of_its_own(tmp_path: Path) -> None:
     noise = forced(linears={"l": 5e-5})
     assert judged(noise)["linears"].status == "failed"
-    judge = Judge(read_thresholds())
-    judge.forced(Pair(name="openvino", reference="a", candidate="b", file=None, skipped=None), noise)
-    gates = {gate.metric.removeprefix("forced."): gate for gate in judge.gates}
-    assert (gates["linears"].status, gates["linears"].limit) == ("passed", 1e-4)
-    assert "OpenVINO" in gates["linears"].why
+    path = tmp_path / "mine.yaml"
+    path.write_text("forced_linears.openvino: {limit: 1.0e-4, why: an older OpenVINO}")
+    for name, status, limit in (("openvino", "passed", 1e-4), ("cpu", "failed", 2e-5)):
+        judge = Judge(read_thresholds(path))
+        judge.forced(Pair(name=name, reference="a", candidate="b", file=None, skipped=None), noise)
+        gates = {gate.metric.removeprefix("forced."): gate for gate in judge.gates}
+        assert (gates["linears"].status, gates["linears"].limit) == (status, limit)
+        assert ("older OpenVINO" in gates["linears"].why) == (name == "openvino")
 
 
 @pytest.mark.parametrize(("n", "status"), [(29, "reported"), (30, "failed")])
