@@ -35,11 +35,10 @@ from gplq_export.trace import INPUT
 
 # By so much of its range a number may be wrong that was multiplied by a rounded reciprocal and moved to positive codes.
 _TIE = 2.0**-21
-# A channel of which little is left gets its last bits from what it adds up: a linear's from its products; what a
-# network returns, and what lies between, from about the largest channel.
+# A channel of which little is left gets its last bits from what it adds up: a linear's from its products, what a
+# network returns from about the largest.
 _OF_SUM = 5e-2
 _OF_LARGEST_OUTPUT = 5e-2
-_OF_LARGEST = 1e-3
 _MOST_ROWS = 64
 
 
@@ -131,6 +130,8 @@ class _Floats:
         self._linears = integer_linears(model)
         self._tensors = {name: linear_output(graph, name) for name in self._linears}
         self._factors = {name: folded_factor(graph, name, linear) for name, linear in self._linears.items()}
+        # What is small beside a grid's limits need not be exact: of a GELU's tail no digits are left in FP32.
+        self._reaches = {name: _reach(quantizer) for name, quantizer in frozen_quantizers(model).items()}
         self._outputs = [str(value.name) for value in graph.graph.outputs]
         types = {tap.tensor: tap.code_type for tap in taps.values()}
         # What is given cannot be asked for: a network's input that a quantiser reads, a linear's output that is codes.
@@ -152,13 +153,19 @@ class _Floats:
             smallest = _OF_SUM * np.abs(seen.linear_terms[name] * factor)
             self.linears[name].append(_difference(found, seen.linear_outputs[name] * factor, axis, smallest))
         for name in self.sources:
-            expected = self.taps[name].as_in_graph(seen.inputs[name])
-            smallest = _OF_LARGEST * np.abs(expected).max()
-            self.sources[name].append(_difference(answers[self.taps[name].source], expected, -1, smallest))
+            found = self.taps[name].as_in_pytorch(answers[self.taps[name].source])
+            self.sources[name].append(_difference(found, seen.inputs[name], -1, self._reaches[name]))
         for name, output in zip(self._outputs, seen.outputs, strict=True):
             expected = output.numpy()
             smallest = _OF_LARGEST_OUTPUT * np.abs(expected).max()
             self.outputs[name].append(_difference(answers[name], expected, 1, smallest))
+
+
+def _reach(quantizer: FrozenQuantizer) -> np.ndarray:
+    """The largest magnitude on a quantiser's grid, as its input has it; [] or [C]."""
+    low, high = code_limits(quantizer.bits, quantizer.signed)
+    largest = max(-low, high) * quantizer.scale
+    return (largest if quantizer.pre_scale is None else largest / quantizer.pre_scale.abs()).numpy()
 
 
 def _difference(found: np.ndarray, expected: np.ndarray, axis: int, smallest: np.ndarray) -> float:

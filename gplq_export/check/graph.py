@@ -42,8 +42,13 @@ class Tap:
     def codes(self, answers: Mapping[str, np.ndarray]) -> np.ndarray:
         """The codes, as PyTorch has them."""
         found = answers[self.tensor]
-        codes = found.astype(np.int16) - self.offset if self.holds_codes else np.rint(found / self.scale)
-        return codes if self.axes is None else codes.transpose(self.axes)
+        return self.as_in_pytorch(
+            found.astype(np.int16) - self.offset if self.holds_codes else np.rint(found / self.scale)
+        )
+
+    def as_in_pytorch(self, x: np.ndarray) -> np.ndarray:
+        """What the graph holds, its axes in PyTorch's order."""
+        return x if self.axes is None else x.transpose(self.axes)
 
     def as_in_graph(self, x: np.ndarray) -> np.ndarray:
         """A quantiser's input in PyTorch, as the graph has it."""
