@@ -39,7 +39,7 @@ def forced(**changes: Any) -> Forced:
         "quantizers": [layer("a"), layer("b")],
         "grid": {"a": 0, "b": 0},
         "linears": {"l": 1e-6, "m": 2e-5},
-        "floats": {"a": 2e-4},
+        "floats": {"a": 8e-5},
         "outputs": {"logits": 2e-5},
         "blocks": [layer("blocks.0"), layer("blocks.1", share=0.5)],
     }
@@ -53,7 +53,7 @@ def forced(**changes: Any) -> Forced:
         ({"grid": {"a": 0, "b": 3}}, "grid", "b", "3 codes differ for numbers on and around the steps"),
         ({"linears": {"l": 2.01e-5, "m": 0.0}}, "linears", "l", "beyond the limit, first: l: its weight"),
         ({"linears": {"l": 0.0, "m": math.nan}}, "linears", "m", "differ by at most nan"),
-        ({"floats": {"a": 2.01e-4}}, "floats", "a", "a norm, scale, embedding or residual before it"),
+        ({"floats": {"a": 8.01e-5}}, "floats", "a", "a norm, scale, embedding or residual before it"),
         ({"outputs": {"logits": math.inf}}, "outputs", "logits", "a norm or another float tensor"),
         ({"blocks": [layer("x"), layer("y", share=0.501)]}, "blocks", "y", "at most 0.5010 % of a block's codes"),
         ({"blocks": [layer("x"), layer("y", share=math.nan)]}, "blocks", "y", "y computes something else"),
