@@ -96,9 +96,9 @@ class _Experiment:
                 last, unit = None, f"{name}."
             if name in self.layers:
                 channels = readers(self.layers[name])[0].weight.shape[1]
-                if last is not None and _channels(last) == channels and f"{name}.".startswith(unit):
+                if last is not None and norm_channels(last) == channels and f"{name}.".startswith(unit):
                     claims[name] = last
-            elif (module := modules.get(name)) is not None and _channels(module) is not None:
+            elif (module := modules.get(name)) is not None and norm_channels(module) is not None:
                 last = module
         claimed = [id(norm) for norm in claims.values()]
         return {name: norm for name, norm in claims.items() if claimed.count(id(norm)) == 1}
@@ -108,7 +108,7 @@ class _Experiment:
         generator = torch.Generator().manual_seed(1)
         handles, kept = [], []
         for name, norm in pairs.items():
-            exponents = torch.randint(-2, 3, (_channels(norm) or 0,), generator=generator)
+            exponents = torch.randint(-2, 3, (norm_channels(norm) or 0,), generator=generator)
             factor = torch.exp2(exponents.to(self.image))
             for parameter in norm.parameters():
                 kept.append((parameter, parameter.detach().clone()))
@@ -137,7 +137,7 @@ class _Experiment:
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _channels(module: nn.Module) -> int | None:
+def norm_channels(module: nn.Module) -> int | None:
     """C, if a module's parameters are one weight [C], and perhaps a bias [C], as in all affine norms."""
     parameters = dict(module.named_parameters())
     shapes = {parameter.shape for parameter in parameters.values()}

@@ -1,0 +1,1 @@
+"""Float-exact rewrites of a model before it is quantised."""
