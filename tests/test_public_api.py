@@ -9,7 +9,7 @@ import pytest
 
 import gplq
 
-SOURCES = sorted(Path(gplq.__file__).parent.glob("*.py"))
+SOURCES = sorted(Path(gplq.__file__).parent.rglob("*.py"))
 
 
 @pytest.mark.parametrize("name", gplq.__all__)
@@ -29,7 +29,7 @@ def test_import_and_help_need_no_torch(code: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}.{path.stem}")
 def test_module_never_imports_the_exporter(path: Path) -> None:
     imported: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -22,7 +22,7 @@ from gplq.survey import ATTENTION, MATMULS, bind_linear, operands
 
 # Indices have been through a few multiplications in FP64, or are garbled altogether.
 _EXACT = 1e-3
-_NOT_PLAIN = "between the linears and the product stands more than a division into heads (a norm, rotary positions, ...)"
+_NOT_PLAIN = "more than a division into heads stands between linear and product (a norm, rotary positions, ...)"
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class _Indices(TorchFunctionMode):
         """Install the mode and a hook on every module."""
         handles = []
         for module in self.model.modules():
-            handles.append(module.register_forward_pre_hook(lambda module, _: self.stack.append(module)))
-            handles.append(module.register_forward_hook(lambda *_: self._leave()))
+            handles.append(module.register_forward_pre_hook(self._enter))
+            handles.append(module.register_forward_hook(self._leave))
         try:
             with self:
                 yield
@@ -109,7 +109,10 @@ class _Indices(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def _leave(self) -> None:
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self.stack.append(module)
+
+    def _leave(self, *_: Any) -> None:
         self.stack.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -123,7 +126,7 @@ class _Indices(TorchFunctionMode):
             return self._attention(*operands(func, args, kwargs), values, y)
         if func in MATMULS:
             return self._matmul(*operands(func, args, kwargs), y)
-        if func is torch.cat and all(id(part) in self.tensors for part in args[0]):
+        if func is torch.cat and args and all(id(part) in self.tensors for part in args[0]):
             self.joined[id(y)] = (y, list(args[0]))  # the tensor is kept so that its id is not used again
         return y
 
@@ -174,15 +177,16 @@ class _Indices(TorchFunctionMode):
 
 
 def _reduced(x: Tensor, divided: bool = True) -> Tensor | None:
-    """x [B, ..., tokens, channels] with size 1 for each axis along which it is constant.
+    """The values [B, ..., tokens, channels] with size 1 for each axis along which they are constant.
 
-    None unless that holds for images and tokens, as for all indices; for all axes but the last if not ``divided``.
+    None unless that holds for images and tokens (all axes but the last, if not ``divided``) and the rest are distinct.
     """
     for axis in range(x.ndim - 1):
         first = x.narrow(axis, 0, 1)
         x = first if bool((x == first).all()) else x
-    constant = (x.shape[0], x.shape[-2]) if divided else x.shape[:-1]
-    return x.clone() if x.ndim >= 2 and set(constant) <= {1} else None
+    constant = x.shape[:1] + x.shape[-2:-1] if divided else x.shape[:-1]
+    indices = set(constant) == {1} and x.numel() > 1 and len(x.unique()) == x.numel()
+    return x.clone() if indices else None
 
 
 class _Matcher:
@@ -247,7 +251,7 @@ class _Matcher:
             return None
         exact = one.flatten() / factors - self.first.offset
         indices = exact.round()
-        plain = float((exact - indices).abs().max()) < _EXACT and len(indices.unique()) == len(indices)
+        plain = float((exact - indices).abs().max()) < _EXACT
         return indices.long() if plain else None
 
 

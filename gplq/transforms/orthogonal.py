@@ -3,6 +3,8 @@
 Whoever multiplies a row vector with one of them distributes a single large channel evenly over all.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,16 +14,18 @@ _REGULAR = 0.5 - torch.eye(4, dtype=torch.float64)
 _DRAWS, _SMALL = 64, 64
 
 
-def head_rotations(heads: int, size: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix for each head, [heads, size, size].
+def head_rotations(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A random orthogonal matrix [heads, head_dim, head_dim] for each of (heads, head_dim) = ``shape``.
 
-    Hadamard with random signs where ``size`` is a power of two (QuaRot, arXiv 2404.00456), which spreads one channel
+    Hadamard with random signs where ``head_dim`` is a power of two (QuaRot, arXiv 2404.00456), which spreads one channel
     over all of them exactly evenly; else from the uniform distribution of orthogonal matrices.
     """
+    heads, size = shape
     if size & (size - 1):
         return torch.stack([_uniform(size, generator) for _ in range(heads)])
     signs = torch.randint(0, 2, (heads, size, 1), generator=generator).double() * 2 - 1
-    return signs * _hadamard(size)
+    rotations: Tensor = signs * _hadamard(size)
+    return rotations
 
 
 def mean_keeping_rotation(size: int, generator: torch.Generator) -> Tensor:
@@ -41,6 +45,17 @@ def mean_keeping_rotation(size: int, generator: torch.Generator) -> Tensor:
     return mixed[rows][:, columns]
 
 
+def reflect(x: Tensor, axis: int) -> Tensor:
+    """Multiply channels along ``axis`` by a fixed A = I - 2 v v^T with A 1 = 1, the cheapest matrix that mixes all."""
+    size = x.shape[axis]
+    v = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    v = v - v.mean()
+    v = (v / v.norm()).to(x)
+    moved = x.movedim(axis, -1)
+    reflected: Tensor = moved - 2 * (moved @ v)[..., None] * v
+    return reflected.movedim(-1, axis)
+
+
 def _mean_keeping(size: int, generator: torch.Generator) -> Tensor:
     """B diag(1, Q) B^T with 1 / sqrt(size) in B's first column and a random orthogonal Q."""
     if size == 1:
@@ -50,12 +65,14 @@ def _mean_keeping(size: int, generator: torch.Generator) -> Tensor:
     basis = torch.linalg.qr(start)[0]
     inner = torch.eye(size, dtype=torch.float64)
     inner[1:, 1:] = _uniform(size - 1, generator)
-    return basis @ inner @ basis.T
+    rotation: Tensor = basis @ inner @ basis.T
+    return rotation
 
 
 def _uniform(size: int, generator: torch.Generator) -> Tensor:
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return q * r.diagonal().sign()  # QR alone prefers some matrices
+    rotation: Tensor = q * r.diagonal().sign()  # QR alone prefers some matrices
+    return rotation
 
 
 def _hadamard(size: int) -> Tensor:
@@ -63,4 +80,4 @@ def _hadamard(size: int) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / size**0.5
+    return matrix / math.sqrt(size)

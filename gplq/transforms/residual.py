@@ -1,7 +1,7 @@
 """R1: another basis for a whole residual stream, x -> x R (SpinQuant, arXiv 2405.16406; QuaRot, arXiv 2404.00456).
 
-There, LayerNorm is first turned into RMSNorm, which commutes with every orthogonal R. Here R keeps the mean, R 1 = 1, so
-that LayerNorm itself commutes with it and the architecture stays as it is:
+There, LayerNorm is first turned into RMSNorm, which commutes with every orthogonal R. Here R keeps the mean, R 1 = 1,
+so that LayerNorm itself commutes with it and the architecture stays as it is:
 
     LN(x R) = LN(x) R       without affine parameters; what a norm has of them, its readers take first
     W x for x = LN(...)     W diag(w) R and bias + W b, or, where a linear has no bias, b R / w stays in the norm
@@ -49,9 +49,9 @@ def _unfoldable(model: nn.Module, name: str, after: Stream) -> str | None:
         return f"'{min([*after.norms, *after.scaled_by])}' reads it, which is no linear"
     norm = model.get_submodule(name)
     weight, bias = _affine(norm)
-    if bias is not None and bool(bias.any()) and not all(map(_takes_bias, _layers(model, after.readers))):
-        if float(weight.abs().min()) < _SMALLEST * float(weight.abs().max()):
-            return "a linear without a bias reads it, and its weight is too close to 0 to keep its bias rotated"
+    tiny = float(weight.abs().min()) < _SMALLEST * float(weight.abs().max())
+    if tiny and _keeps_bias(bias, _layers(model, after.readers)):
+        return "a linear without a bias reads it, and its weight is too close to 0 to keep its bias rotated"
     return None
 
 
@@ -93,14 +93,15 @@ def _fold_scale(scale: Tensor, layers: list[nn.Linear]) -> None:
 
 def _fold_norm(norm: nn.Module, layers: list[nn.Linear], rotation: Tensor) -> None:
     weight, bias = _affine(norm)
-    keeps = bias is not None and bool(bias.any()) and not all(map(_takes_bias, layers))
+    keeps = _keeps_bias(bias, layers)
     for layer in layers:
         if bias is not None and not keeps:
             layer.bias.add_(layer.weight @ bias)
         layer.weight.mul_(weight.reshape(-1, *[1] * (layer.weight.ndim - 2)))
         _mix_inputs(layer, rotation)
     if bias is not None:
-        bias.copy_((bias / weight) @ rotation if keeps else torch.zeros_like(bias))
+        kept = bias / weight if keeps else torch.zeros_like(bias)
+        bias.copy_(kept @ rotation)
     weight.fill_(1)
 
 
@@ -112,6 +113,11 @@ def _layers(model: nn.Module, names: set[str]) -> list[nn.Linear]:
     """Linears, or convolutions, which have as much in common with them as is needed here."""
     layers: list[Any] = [model.get_submodule(name) for name in names]
     return layers
+
+
+def _keeps_bias(bias: Tensor | None, layers: list[nn.Linear]) -> bool:
+    """Whether a norm has a bias that the layers behind it cannot take."""
+    return bias is not None and bool(bias.any()) and not all(map(_takes_bias, layers))
 
 
 def _takes_bias(layer: nn.Linear) -> bool:

@@ -56,16 +56,12 @@ class Rotation:
 
     def __str__(self) -> str:
         """One line, and a second one if something has been skipped."""
-        counts = [f"{len(found)} {what}" for found, what in self._counts()]
-        line = f"rotated: {', '.join(counts)} (seed {self.seed})"
+        streams, scores, values = len(self.residual), len(self.scores), len(self.values)
+        line = f"rotated: residual streams: {streams}, {SCORES}: {scores}, {VALUES}: {values} (seed {self.seed})"
         if not self.skipped:
             return line
         (name, reason), more = next(iter(self.skipped.items())), len(self.skipped) - 1
         return f"{line}\nnot rotated: {name}: {reason}" + (f"; and {more} more" if more else "")
-
-    def _counts(self) -> list[tuple[Any, str]]:
-        names = ("residual streams", "attentions' queries and keys", "attentions' values")
-        return list(zip((self.residual, self.scores, self.values), names, strict=True))
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ def _plan(model: nn.Module, images: Tensor, generator: torch.Generator) -> tuple
     skipped: dict[str, str] = {}
     streams = find_streams(_perturbed(model), images)
     if not streams:
-        skipped[f"model: {RESIDUAL}"] = "no norm reads a sum of layers"
+        skipped[f"model: {RESIDUAL}"] = "no norm reads a sum of layers whose channels can be followed"
     for stream in streams:
         name = next(iter(stream.norms))
         why = obstacle(model, stream)
@@ -128,11 +124,11 @@ def _plan(model: nn.Module, images: Tensor, generator: torch.Generator) -> tuple
     for name, heads in find_heads(copy.deepcopy(model), images[:1]).items():
         skipped.update({f"{name}: {kind}": why for kind, why in heads.reasons.items()})
         for query, key in heads.scores:
-            matrices = head_rotations(*query.indices.shape, generator)
+            matrices = head_rotations(query.indices.shape, generator)
             change = partial(rotate_scores, query=query, key=key, rotations=matrices)
             edits.append(_Edit(name, SCORES, change))
         for value, columns in heads.values:
-            matrices = head_rotations(*value.indices.shape, generator)
+            matrices = head_rotations(value.indices.shape, generator)
             change = partial(rotate_values, value=value, columns=columns, rotations=matrices)
             edits.append(_Edit(name, VALUES, change))
     return edits, skipped
@@ -152,25 +148,23 @@ def _perturbed(model: nn.Module) -> nn.Module:
 class _Trial:
     """Applies rewrites to a model in FP64 and takes those back that change its outputs."""
 
-    # Correct rewrites differ by 1e-12; but some models compute a norm or a rotary embedding in FP32 whatever they get.
-    limit = 1e-6
+    # Of the largest output. Correct rewrites differ by 1e-13, whatever the depth; one of an attention that LayerScale
+    # makes small still has to be seen if it is wrong.
+    limit = 1e-9
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self.model, self.images = model, images
         self.expected = self._outputs()
 
     def keep_exact(self, edits: list[_Edit], skipped: dict[str, str]) -> list[_Edit]:
-        """Apply all; if that changes the outputs, one by one. Those that do are noted in ``skipped``."""
-        if not edits or self._difference(edits) is None:
+        """Apply all; if that changes the outputs, halve them until those that do are alone; ``skipped`` notes those."""
+        if not edits or (why := self._difference(edits)) is None:
             return edits
-        kept = []
-        for edit in edits:
-            why = self._difference([edit])
-            if why is None:
-                kept.append(edit)
-            else:
-                skipped[f"{edit.name}: {edit.kind}"] = why
-        return kept
+        if len(edits) == 1:
+            skipped[f"{edits[0].name}: {edits[0].kind}"] = why
+            return []
+        half = len(edits) // 2
+        return [*self.keep_exact(edits[:half], skipped), *self.keep_exact(edits[half:], skipped)]
 
     def _difference(self, edits: list[_Edit]) -> str | None:
         """Apply ``edits``; if the outputs are others, take them back and say so."""

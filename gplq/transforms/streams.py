@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gplq.fold import norm_channels
 from gplq.survey import bind_linear
+from gplq.transforms.orthogonal import reflect
 
 # Two results in FP64 that differ by more than this share of the largest value are two. Sums in another order differ by
 # 1e-15; what has been through FP32 inside (some norms and rotary embeddings) by 1e-7.
@@ -219,16 +220,16 @@ class _Watch(TorchFunctionMode):
         return y
 
     def _see_other(self, func: Any, args: Any, kwargs: Any) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        places = self._places_of(leaves)
-        if not places:
-            return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         in_place = name.startswith("__i") or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-        copies = [leaf.clone() if in_place and isinstance(leaf, Tensor) else leaf for leaf in leaves]
         result = None if in_place else func(*args, **kwargs)
         if not in_place and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             return result  # a shape, a data type
+        leaves, spec = tree_flatten((args, kwargs))
+        places = self._places_of(leaves)
+        if not places:
+            return func(*args, **kwargs) if in_place else result
+        copies = [leaf.clone() if in_place and isinstance(leaf, Tensor) else leaf for leaf in leaves]
         for index, (_, axis) in places.items():
             copies[index] = reflect(copies[index], axis)
         streams = [stream for stream, _ in places.values()]
@@ -263,7 +264,9 @@ class _Watch(TorchFunctionMode):
             if known is not None and leaf.ndim >= -known[1] and leaf.shape[known[1]] == known[0].size:
                 axis = known[1]
             if leaf.shape[axis] > 1:
-                stream, axis = self.embeddings.setdefault(name, (Stream(leaf.shape[axis], embeddings={name: axis}), axis))
+                stream, axis = self.embeddings.setdefault(
+                    name, (Stream(leaf.shape[axis], embeddings={name: axis}), axis)
+                )
                 places[index] = (stream.root(), axis)
         return places
 
@@ -297,17 +300,6 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _bind_conv(input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any) -> tuple[Tensor, Tensor, Any]:
     return input, weight, bias
-
-
-def reflect(x: Tensor, axis: int) -> Tensor:
-    """x A along ``axis``, counted from the end, for a fixed A = I - 2 v v^T with A 1 = 1: the cheapest that mixes."""
-    size = x.shape[axis]
-    generator = torch.Generator().manual_seed(size)
-    v = torch.randn(size, generator=generator, dtype=torch.float64)
-    v = v - v.mean()
-    v = (v / v.norm()).to(x)
-    moved = x.movedim(axis, -1)
-    return (moved - 2 * (moved @ v)[..., None] * v).movedim(-1, axis)
 
 
 def agree(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> bool:
