@@ -17,7 +17,7 @@ _DRAWS, _SMALL = 64, 64
 def head_rotations(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """A random orthogonal matrix [heads, head_dim, head_dim] for each of (heads, head_dim) = ``shape``.
 
-    Hadamard with random signs where ``head_dim`` is a power of two (QuaRot, arXiv 2404.00456), which spreads one channel
+    Hadamard with random signs where ``head_dim`` is a power of two (QuaRot, arXiv 2404.00456), which spreads a channel
     over all of them exactly evenly; else from the uniform distribution of orthogonal matrices.
     """
     heads, size = shape
