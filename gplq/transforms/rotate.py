@@ -148,8 +148,8 @@ def _perturbed(model: nn.Module) -> nn.Module:
 class _Trial:
     """Applies rewrites to a model in FP64 and takes those back that change its outputs."""
 
-    # Of the largest output. Correct rewrites differ by 1e-13, but by 1e-8 if a model computes something in FP32 whatever
-    # it gets. A wrong one of an attention that LayerScale makes small, 1e-5, is still far above.
+    # Of the largest output. Correct rewrites differ by 1e-13, but by 1e-8 if a model computes something in FP32
+    # whatever it gets. A wrong one of an attention that LayerScale makes small, 1e-5, is still far above.
     limit = 1e-7
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
