@@ -63,8 +63,10 @@ class IntegerLinear(nn.Module):
         codes: int8 [N, K], on the signed grid of ``bits``.
         weight_scale: [N], FP16-exact, > 0.
         bias: [N] or None, floating point.
+        channel_axis: of the inputs and of the outputs.
     """
 
+    channel_axis = -1
     codes: Tensor
     weight_scale: Tensor
     bias: Tensor | None
@@ -88,6 +90,8 @@ class IntegerConv(IntegerLinear):
     Attributes:
         stride, padding, dilation: (height, width) each, in pixels.
     """
+
+    channel_axis = 1
 
     def __init__(
         self,

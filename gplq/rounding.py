@@ -23,16 +23,9 @@ def round_weight(weight: Tensor, moment: Tensor, recipe: Recipe) -> tuple[Tensor
     if recipe.stage2.range == "output":
         return _round_best(weight, moment, recipe)
     scale = _range_scale(weight, moment, recipe)
-    return _codes(weight, scale, moment, recipe)[0], scale
-
-
-def _codes(weight: Tensor, scale: Tensor, moment: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Codes [N, K] and what they cost, [N]: the mean over inputs of an output's squared error."""
     if recipe.stage2.rounding == "nearest":
-        codes = quantize_rows(weight, scale, recipe.weight_bits)
-        difference = weight.double() - codes * scale[:, None].double()
-        return codes, ((difference @ moment.double()) * difference).sum(1)
-    return gptq_codes(weight, scale, moment, recipe.weight_bits, recipe.stage2.damping)
+        return quantize_rows(weight, scale, recipe.weight_bits), scale
+    return gptq_codes(weight, scale, moment, recipe.weight_bits, recipe.stage2.damping)[0], scale
 
 
 def _range_scale(weight: Tensor, moment: Tensor, recipe: Recipe) -> Tensor:
@@ -59,7 +52,13 @@ def _round_best(weight: Tensor, moment: Tensor, recipe: Recipe) -> tuple[Tensor,
     shares = torch.tensor(_SHARES, device=weight.device)
     scale = round_scale(shares[:, None] * widest, recipe.scale_grid)  # [S, N]
     # All scales in one call, as if they were more output channels.
-    codes, error = _codes(weight.repeat(len(shares), 1), scale.flatten(), moment, recipe)
+    many, scales = weight.repeat(len(shares), 1), scale.flatten()
+    if recipe.stage2.rounding == "nearest":
+        codes = quantize_rows(many, scales, recipe.weight_bits)
+        difference = many.double() - codes * scales[:, None].double()
+        error = ((difference @ moment.double()) * difference).sum(1)
+    else:  # what its codes cost falls off on the way
+        codes, error = gptq_codes(many, scales, moment, recipe.weight_bits, recipe.stage2.damping)
     codes, error = codes.reshape(-1, rows, columns), error.reshape(-1, rows)
     if recipe.stage2.granularity == "per_tensor":
         error = error.sum(1, keepdim=True).expand_as(error)

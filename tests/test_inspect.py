@@ -136,7 +136,7 @@ def write_plan(folder: Path, manifest: Any = None, content: bytes = b"vtrt" + by
     path.write_bytes(content)
     if manifest is not None:
         text = manifest if isinstance(manifest, str) else json.dumps(manifest)
-        (folder / "manifest.json").write_text(text)
+        (folder / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     return path
 
 
@@ -187,7 +187,9 @@ def test_a_replaced_plan_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "INT8" not in text
 
 
-@pytest.mark.parametrize("manifest", [{}, [], 7, {"files": []}, {"files": {"model.plan": "text"}}, "{", "[" * 100_000])
+@pytest.mark.parametrize(
+    "manifest", [{}, [], 7, {"files": []}, {"files": {"model.plan": "text"}}, "{", "[" * 100_000, "\udcff"]
+)
 def test_foreign_manifests_say_nothing(tmp_path: Path, manifest: Any) -> None:
     said = inspect_file(write_plan(tmp_path, manifest))["manifest"]
     assert "no readable manifest.json" in said

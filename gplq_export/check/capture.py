@@ -105,9 +105,8 @@ def largest_sum(linear: IntegerLinear, x: Codes) -> Tensor:
     Returns:
         [N]: the sum of |w x| over an output channel's weights, with the largest |x| that each input has anywhere.
     """
-    channel = 1 if linear.codes.ndim == 4 else -1
-    largest = (x.values * x.scale).abs().transpose(channel, -1).flatten(0, -2).amax(0)
-    weight = linear.codes.float().abs().flatten(2).sum(2) if linear.codes.ndim == 4 else linear.codes.float().abs()
+    largest = (x.values * x.scale).abs().transpose(linear.channel_axis, -1).flatten(0, -2).amax(0)
+    weight = linear.codes.float().abs().reshape(*linear.codes.shape[:2], -1).sum(2)  # over the kernel, if there is one
     # Of a grouped convolution the weight has a group's inputs only.
     groups = len(largest) // weight.shape[1]
     sums = torch.einsum("gnk,gk->gn", weight.unflatten(0, (groups, -1)), largest.unflatten(0, (groups, -1)))

@@ -36,9 +36,8 @@ from gplq_export.trace import INPUT
 # By so much of its range a number may be wrong that was multiplied by a rounded reciprocal and moved to positive codes.
 _TIE = 2.0**-21
 # A channel of which little is left gets its last bits from what it adds up: a linear's from its products, what a
-# network returns from about the largest.
-_OF_SUM = 5e-2
-_OF_LARGEST_OUTPUT = 5e-2
+# network returns from about the largest. It is held against so much of that.
+_SMALLEST = 5e-2
 _MOST_ROWS = 64
 
 
@@ -148,17 +147,16 @@ class _Floats:
         fed = {tap.tensor: tap.feed(seen.codes[name]) for name, tap in self.taps.items()}
         answers = self._part.run({INPUT: inputs.numpy(), **fed})
         for name, linear in self._linears.items():
-            axis = 1 if linear.codes.ndim == 4 else -1
             found, factor = answers[self._tensors[name]], self._factors[name]
-            smallest = _OF_SUM * np.abs(seen.linear_terms[name] * factor)
-            self.linears[name].append(_difference(found, seen.linear_outputs[name] * factor, axis, smallest))
+            smallest = _SMALLEST * np.abs(seen.linear_terms[name] * factor)
+            expected = seen.linear_outputs[name] * factor
+            self.linears[name].append(_difference(found, expected, linear.channel_axis, smallest))
         for name in self.sources:
             found = self.taps[name].as_in_pytorch(answers[self.taps[name].source])
             self.sources[name].append(_difference(found, seen.inputs[name], -1, self._reaches[name]))
         for name, output in zip(self._outputs, seen.outputs, strict=True):
             expected = output.numpy()
-            smallest = _OF_LARGEST_OUTPUT * np.abs(expected).max()
-            self.outputs[name].append(_difference(answers[name], expected, 1, smallest))
+            self.outputs[name].append(_difference(answers[name], expected, 1, _SMALLEST * np.abs(expected).max()))
 
 
 def _reach(quantizer: FrozenQuantizer) -> np.ndarray:
