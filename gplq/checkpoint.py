@@ -228,7 +228,7 @@ def read_plain(path: Path) -> Any:
 
 
 def _rebuild(content: dict[str, Any], path: Path) -> Checkpoint:
-    recipe = Recipe.from_dict(content["recipe"], source=f"the recipe in {path}")
+    recipe = Recipe.from_record(content["recipe"], source=f"the recipe in {path}")
     spec = ModelSpec(**content["model"])
     quantizers, linears, floats = content["quantizers"], content["linears"], content["floats"]
     compensated = list(content.get("compensated", []))

@@ -145,6 +145,42 @@ class QuantAttention(nn.Module):
             if linear.bias is not None:
                 linear.bias.mul_(by)
 
+    @torch.no_grad()
+    def centre(self, key: Tensor, value: Tensor) -> None:
+        """Take their mean [heads * head_dim] out of keys and values, which changes no output.
+
+        A key that all tokens share adds the same to all scores of a query, which a softmax ignores; a value that they
+        share arrives whole, because probabilities sum to 1, and may as well be part of the projection's bias. Quantised
+        probabilities do not sum to 1, and what is missing multiplies just that mean: at 257 tokens three quarters of
+        the damage that a 7-bit softmax does. (Means of keys: as SageAttention, arXiv 2410.02367.)
+        """
+        if self.k.bias is not None and isinstance(self.k_norm, nn.Identity):
+            self.k.bias.sub_(key)
+        projection = self._plain_projection()
+        if projection is not None and self.v.bias is not None and projection.bias is not None:
+            self.v.bias.sub_(value)
+            projection.bias.add_(projection.weight @ value)
+
+    @torch.no_grad()
+    def spread(self, size: Tensor) -> None:
+        """Divide each channel of the values by its ``size`` in front of the projection, which multiplies it again.
+
+        So the projection's input, which has one scale, has channels of one size. ``size``: [heads * head_dim].
+        """
+        projection = self._plain_projection()
+        if projection is None:
+            return
+        factor = torch.where(size > 0, size / size.mean(), torch.ones_like(size)).clamp(1e-2, 1e2)
+        self.v.weight.div_(factor[:, None])
+        if self.v.bias is not None:
+            self.v.bias.div_(factor)
+        projection.weight.mul_(factor)
+
+    def _plain_projection(self) -> nn.Linear | None:
+        """The linear that reads the weighted values as they are; None if a norm stands between."""
+        projection: Any = self.proj.linear
+        return projection if isinstance(self.norm, nn.Identity) else None
+
     def _weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         p = self.attn_drop(torch.softmax(self.qk(q, k.transpose(-2, -1)), dim=-1))  # [B, H, N, N]
         y: Tensor = self.pv(p, v)

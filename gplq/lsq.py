@@ -6,6 +6,7 @@ type of its input; only what it returns is in the type in which the matmul behin
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,8 +29,13 @@ _UNSIGNED_BITS = 7
 # Values that are quantised at a time: on a CPU as many as its cache holds, elsewhere so many that kernels are busy.
 _PART_ON_CPU, _PART = 2**17, 2**24
 
-# Values per quantiser that are kept for percentiles and MSE, whatever the number of calibration images.
-SAMPLE_VALUES = 2**18
+# What a quantiser keeps for percentiles and least errors, whatever the number of images and of channels: so many rows
+# where each channel has a scale, so many values where there is one scale. With fewer rows (85 a batch were kept once)
+# each channel's scale is decided by a handful of values, and at 257 tokens the network is lost.
+SAMPLE_ROWS, SAMPLE_VALUES = 2**12, 2**19
+# Scales that are tried, as shares of the one that clips nothing: each 4 % above the one before. A softmax over many
+# tokens has its best one far below the largest probability.
+_SMALLEST_SHARE, _SHARES = 0.02, 101
 
 
 class _Quantization:
@@ -224,7 +230,7 @@ class ActivationQuantizer(nn.Module):
     optimiser's step of 1e-3 is 0.1 % of every scale, whether it is large or small.
 
     Attributes:
-        mode: "float" passes the input through, "observe" does too and collects ranges, "quantize" quantises.
+        mode: "float" passes the input through, "observe" does too and collects ranges (see :meth:`observe`), "quantize" quantises.
         signed: whether codes below zero exist; None until :meth:`calibrate` has seen whether values below zero do.
         shiftable: whether :meth:`calibrate` may choose a shift.
         softmax_bits: the number of bits if :meth:`calibrate` has seen nothing but probabilities that sum to 1.
@@ -250,6 +256,8 @@ class ActivationQuantizer(nn.Module):
         self._low: Tensor | None = None
         self._high: Tensor | None = None
         self._samples: list[Tensor] = []
+        self._importance: list[Tensor | None] = []
+        self._batches = 1
         self._probabilities = True  # until something else is observed
 
     def possible_bits(self) -> set[int]:
@@ -284,26 +292,55 @@ class ActivationQuantizer(nn.Module):
                 result._quantization = result.grad_fn.quantization  # type: ignore[attr-defined]  # see recompute_quantized
             return result
         if self.mode == "observe":
-            self._observe(x.detach())
+            self._observe(x)
         return x
 
+    def observe(self, batches: int) -> None:
+        """Collect ranges from now on, from so many batches; see :meth:`calibrate`.
+
+        Memory: SAMPLE_ROWS x C (or SAMPLE_VALUES) numbers, twice if the batches are run backwards.
+        """
+        self.mode, self._batches = "observe", batches
+
     def _observe(self, x: Tensor) -> None:
-        self._probabilities = self._probabilities and self.kind == "matmul" and _sums_to_one(x)
-        rows = x.reshape(-1, x.shape[-1]) if self.per_channel else x.reshape(-1, 1)
+        values = x.detach()
+        self._probabilities = self._probabilities and self.kind == "matmul" and _sums_to_one(values)
+        rows = values.reshape(-1, x.shape[-1]) if self.per_channel else values.reshape(-1, 1)
         rows = rows.float()
         low, high = rows.amin(0), rows.amax(0)
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
         # Random rows of each batch, always the same ones: a fixed stride would meet some channels only, if it shares a
-        # factor with their number. The list is thinned by half when it outgrows its bound, so that memory does not
-        # grow with the number of batches.
-        keep = max(1, SAMPLE_VALUES // 8 // rows.shape[1])
+        # factor with their number.
+        keep = math.ceil((SAMPLE_ROWS if self.per_channel else SAMPLE_VALUES) / self._batches)
+        generator = torch.Generator().manual_seed(len(self._samples))
+        if x.requires_grad:
+            remember = functools.partial(self._weigh, len(self._samples), values, keep, generator)
+            x.register_hook(remember)
         if rows.shape[0] > keep:
-            generator = torch.Generator().manual_seed(len(self._samples))
             rows = rows[torch.randint(rows.shape[0], (keep,), generator=generator).to(rows.device)]
         self._samples.append(rows.clone())
-        if sum(sample.numel() for sample in self._samples) > SAMPLE_VALUES:
-            self._samples = [torch.cat(self._samples)[::2]]
+        self._importance.append(None)
+
+    def _weigh(self, index: int, x: Tensor, keep: int, generator: torch.Generator, gradient: Tensor) -> None:
+        """When the backward pass comes by: take sample ``index`` again, by how much its rows matter.
+
+        Half of the rows are drawn by the size of their gradients. In a last block nothing but the class token's row of
+        scores does anything: of a uniform sample one in 257, too few to meet a large probability.
+        """
+        if index >= len(self._samples):
+            return  # calibrate() has been called meanwhile
+        width = self._samples[index].shape[1]
+        rows, weight = x.reshape(-1, width).float(), gradient.detach().reshape(-1, width).float().abs()
+        sizes = weight.double().sum(1)
+        if float(sizes.sum()) <= 0:
+            return
+        if len(rows) > keep:
+            density = 0.5 / len(rows) + 0.5 * sizes / sizes.sum()
+            places = (torch.arange(keep, dtype=torch.float64) + torch.rand(keep, generator=generator)) / keep
+            chosen = torch.searchsorted(density.cumsum(0), places.to(density.device)).clamp(max=len(rows) - 1)
+            rows, weight = rows[chosen], weight[chosen] / (density[chosen, None] * len(rows)).float()
+        self._samples[index], self._importance[index] = rows.clone(), weight
 
     @torch.no_grad()
     def calibrate(self, method: str, percentile: float) -> None:
@@ -311,16 +348,26 @@ class ActivationQuantizer(nn.Module):
 
         ``method``: "minmax", over everything observed; "percentile" (``percentile`` in per cent) or "mse" (least
         squared error), over a bounded random sample of it: either would cost a second pass over all images, the
-        second with a hundred times the work.
+        second with a hundred times the work. Where a backward pass has followed, the squared error of each value is
+        weighted by the size of its gradient g: of that pass, or of one through a random projection of the features
+        (E g^2 is then the diagonal of the Gauss-Newton matrix). Its root, |g|, is what works: by the squares a few
+        values decide about a scale, without weights the many that change nothing.
 
         Raises:
             DataError: an observed value is not finite.
         """
         if self._low is None or self._high is None:
             raise RuntimeError("calibrate() before anything was observed")
-        ours = self._low.cpu(), self._high.cpu(), torch.cat(self._samples).cpu()
-        lows, highs, samples = zip(*gather_object([ours]), strict=True)
+        pairs = list(zip(self._samples, self._importance, strict=True))
+        if any(weight is not None for _, weight in pairs):  # the others are of batches in which nothing mattered
+            pairs = [(rows, weight) for rows, weight in pairs if weight is not None]
+        importance = (
+            None if pairs[0][1] is None else torch.cat([weight for _, weight in pairs if weight is not None]).cpu()
+        )
+        ours = self._low.cpu(), self._high.cpu(), torch.cat([rows for rows, _ in pairs]).cpu(), importance
+        lows, highs, samples, weights = zip(*gather_object([ours]), strict=True)
         low, high, sample = torch.stack(lows).amin(0), torch.stack(highs).amax(0), torch.cat(samples)
+        weight = None if any(part is None for part in weights) else torch.cat(weights)
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise DataError("the FP32 model produces NaN or infinite activations on the calibration images.")
         lowest, highest = float(low.min()), float(high.max())
@@ -341,14 +388,14 @@ class ActivationQuantizer(nn.Module):
         scale = high / high_code if low_code == 0 else torch.maximum(high / high_code, low / low_code)
         scale = scale.clamp_min(grid.SMALLEST_SCALE)
         if method == "mse":
-            scale = best_scale(sample, scale, self.bits, self.signed)
+            scale = best_scale(sample, scale, self.bits, self.signed, weight).clamp_min(grid.SMALLEST_SCALE)
         full = self._probabilities and self.softmax_scale == "full"
         if full:
             scale = torch.full_like(scale, 1 / high_code)
         self.set_scale(scale if self.per_channel else scale.reshape(()))
         self.raw_scale.requires_grad_(not full)
         self._low = self._high = None
-        self._samples = []
+        self._samples, self._importance = [], []
         self.mode = "quantize"
 
 
@@ -359,12 +406,12 @@ def _sums_to_one(x: Tensor) -> bool:
 
 
 def best_scale(rows: Tensor, largest: Tensor, bits: int, signed: bool, weight: Tensor | None = None) -> Tensor:
-    """Per column, the scale in 20 … 100 % of ``largest`` with the least (weighted) squared error.
+    """Per column, the scale in 2 … 100 % of ``largest`` with the least (weighted) squared error.
 
     ``rows``: [R, C]; ``largest``: [C]; ``weight``: [R, 1] or [R, C], the importance of each value. Returns [C].
     """
     best, best_error = largest, torch.full_like(largest, torch.inf)
-    for share in torch.linspace(0.2, 1.0, 81).tolist():
+    for share in torch.logspace(math.log10(_SMALLEST_SHARE), 0, _SHARES).tolist():
         scale = largest * share
         error = (grid.quantize(rows, scale, bits, signed) * scale - rows).square()
         error = (error if weight is None else error * weight).sum(0)

@@ -5,44 +5,48 @@ from torch import Tensor
 
 
 class Moments:
-    """Means over rows of the products of inputs x [K] and, if wanted, of what the outputs lack, d [N]; FP64.
+    """Means over rows, which may be weighted, of the products of inputs x [K] and, if wanted, of what the outputs lack, d [N]; FP64.
 
     Inputs have a one appended, so that biases need no case of their own. The squared error of any correction
     ``x -> [W, b] [x, 1]`` of the outputs follows from these means alone.
 
     Attributes:
-        rows: how many were added.
+        weight: of all rows that were added, together.
         xx: [K + 1, K + 1], mean of [x, 1] [x, 1]^T.
         dx: [N, K + 1], mean of d [x, 1]^T.
         dd: [N], mean of d squared.
     """
 
     def __init__(self) -> None:
-        self.rows = 0
+        self.weight = 0.0
         self.xx = self.dx = self.dd = torch.zeros((), dtype=torch.float64)
 
-    def add(self, x: Tensor, d: Tensor | None = None) -> None:
-        """``x``: [rows, K]; ``d``: [rows, N]."""
-        rows = self.rows + len(x)
+    def add(self, x: Tensor, d: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """``x``: [rows, K]; ``d``: [rows, N]; ``weights``: [rows], > 0, what each row counts; all 1 if None."""
+        w = x.new_ones(len(x), 1) if weights is None else weights.to(x)[:, None]
+        weight = float(w.double().sum())
+        together = self.weight + weight
         # Products in the inputs' precision, but of what is left when the mean has been taken out: where the mean is
         # large, a covariance would otherwise be the difference of two numbers that agree in all their digits.
-        mean = x.mean(0)
+        mean = (w * x).sum(0) / weight
         centred = x - mean
+        weighted = w * centred
         mean = torch.cat([mean, mean.new_ones(1)]).double()
         centred = torch.cat([centred, centred.new_zeros(len(x), 1)], 1)
-        rest = torch.outer(centred.double().sum(0), mean)
-        xx = (centred.T @ centred).double() + rest + rest.T + len(x) * torch.outer(mean, mean)
-        self.xx = (self.xx.to(x.device) * self.rows + xx) / rows
+        weighted = torch.cat([weighted, weighted.new_zeros(len(x), 1)], 1)
+        rest = torch.outer(weighted.double().sum(0), mean)
+        xx = (weighted.T @ centred).double() + rest + rest.T + weight * torch.outer(mean, mean)
+        self.xx = (self.xx.to(x.device) * self.weight + xx) / together
         if d is not None:
-            dx = (d.T @ centred).double() + torch.outer(d.double().sum(0), mean)
-            self.dx = (self.dx.to(x.device) * self.rows + dx) / rows
-            self.dd = (self.dd.to(x.device) * self.rows + d.square().sum(0).double()) / rows
-        self.rows = rows
+            dx = (d.T @ weighted).double() + torch.outer((w * d).double().sum(0), mean)
+            self.dx = (self.dx.to(x.device) * self.weight + dx) / together
+            self.dd = (self.dd.to(x.device) * self.weight + (w * d.square()).sum(0).double()) / together
+        self.weight = together
 
     def outputs(self, part: slice) -> "Moments":
         """The same inputs, with some of the outputs only."""
         result = Moments()
-        result.rows, result.xx, result.dx, result.dd = self.rows, self.xx, self.dx[part], self.dd[part]
+        result.weight, result.xx, result.dx, result.dd = self.weight, self.xx, self.dx[part], self.dd[part]
         return result
 
     def inputs(self, centred: bool) -> Tensor:

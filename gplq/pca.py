@@ -5,6 +5,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gplq.data import ImageSet, batches, draw
 from gplq.errors import ModelError
@@ -25,6 +26,12 @@ class Features:
         self._model = model
         self._taken: dict[int, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What :attr:`value` is made of, of any shapes: of a backbone each of its outputs."""
+        taken = [self._taken[index] for index in sorted(self._taken)]
+        return [leaf for leaf in tree_leaves(taken) if isinstance(leaf, Tensor)]
 
     @property
     def value(self) -> Tensor:

@@ -5,21 +5,21 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 
 from gplq import golden, stage1, stage2
 from gplq.calibrate import calibrate, calibrate_on
 from gplq.checkpoint import Checkpoint, read_plain, save_checkpoint, write_plain
 from gplq.convert import convert
 from gplq.data import BadImages, ImageSet, check_labels, open_images
-from gplq.errors import CheckpointError, ConfigError, DataError, UsageError
+from gplq.errors import CheckpointError, ConfigError, DataError, GateError, UsageError
 from gplq.evaluate import Accuracy, Agreement, Similarity, agreement, similarity, top1
 from gplq.files import atomic_path
 from gplq.models import FloatModel
@@ -27,8 +27,14 @@ from gplq.processes import processes
 from gplq.provenance import environment
 from gplq.recipe import Recipe
 from gplq.stage1 import Loss, micro_batch_size
+from gplq.transforms.rotate import rotate
 
 Say = Callable[[str], None]
+
+# On so many test images the quantised model is compared with the float model, beside its accuracy.
+_FEW_IMAGES = 128
+# Of top-1, in points: so much less is still as good.
+_NOISE_POINTS = 1.0
 
 
 def quantize(
@@ -67,7 +73,8 @@ def quantize(
 
     Raises:
         UsageError: something is wrong with the inputs or ``out``; nothing is written.
-        GateError: the training diverged.
+        GateError: the training diverged; or the result is farther from the float model than ``recipe.limits`` allow:
+            ``out`` is written all the same.
     """
     first = processes().is_main_process
     if first:
@@ -86,9 +93,17 @@ def quantize(
     activations, weights = f"A{recipe.activation_bits}", f"W{recipe.weight_bits}"
     device = processes().device
 
+    # What is quantised, and what teaches: the same function as the source, on other bases. The teacher must be the
+    # rotated one: features that are pulled back to the unrotated ones' basis destroy the network.
+    teacher, rotation = source.model, None
+    if recipe.calibration.rotate:
+        teacher = copy.deepcopy(source.model)
+        rotation = rotate(teacher, source.preprocessing.input_size, seed=recipe.seed)
+        say(str(rotation))
+
     def reference() -> nn.Module:
         # Made where it is needed: in training it would take memory beside the teacher.
-        return copy.deepcopy(source.model).to(device)
+        return copy.deepcopy(teacher).to(device)
 
     def measure(name: str, model: nn.Module) -> None:
         if labelled:
@@ -100,8 +115,18 @@ def quantize(
 
     if labelled:
         measure("FP32", reference())
-    student = convert(copy.deepcopy(source.model), recipe).to(device)
-    _quantize_activations(student, source.model, train_set, recipe, run)
+    student = convert(copy.deepcopy(teacher), recipe).to(device)
+    few = test_set.head(_FEW_IMAGES)
+
+    closenesses: dict[str, Accuracy | Similarity] = {}
+
+    def closeness(name: str) -> Accuracy | Similarity:
+        compared = agreement if classifies else similarity
+        found = run.recall(f"{name}, closeness", lambda: compared(student, reference(), few, name))
+        closenesses[name] = found
+        return found
+
+    _quantize_activations(student, teacher, train_set, recipe, run, closeness)
     measure(f"W32{activations}", student)
     say(f"Stage 2: weights to {recipe.weight_bits} bits ({recipe.stage2.rounding})")
     # Every process does the same work: it is deterministic, and one that waits for another is given up after minutes.
@@ -109,6 +134,7 @@ def quantize(
     for report in reports:
         say(str(report))
     measure(f"{weights}{activations}", student)
+    final = closeness(f"{weights}{activations}")
     provenance = {
         **environment(),
         "source": source.source,
@@ -127,6 +153,8 @@ def quantize(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "stage2": [report.to_dict() for report in reports],
         measured: {name: result.to_dict() for name, result in results.items()},
+        "rotation": None if rotation is None else rotation.to_dict(),
+        "closeness": {name: result.to_dict() for name, result in closenesses.items()},
     }
     student.cpu()
     if first:
@@ -136,7 +164,42 @@ def quantize(
         save_checkpoint(checkpoint, out)
     run.finish()
     processes().wait_for_everyone()
+    name = f"{weights}{activations}"
+    # With labels of its own a network may leave the float model behind: what is as accurate is not lost.
+    as_good = labelled and _percent(results[name]) >= _percent(results["FP32"]) - _NOISE_POINTS
+    if not as_good and (why := too_far(final, recipe)):
+        raise GateError(f"the quantised model is not close to the float model: {why}. {out} is kept. {_ADVICE}")
     return results
+
+
+def too_far(found: Accuracy | Similarity, recipe: Recipe) -> str | None:
+    """How a quantised model misses ``recipe.limits``, in words; None if it keeps them.
+
+    Labels are held against the upper end of their 95 % interval: few images alone condemn nobody.
+    """
+    limits = recipe.limits
+    if isinstance(found, Similarity):
+        if found.mean >= limits.cosine:
+            return None
+        return f"cosine of its outputs {found.mean:.4f}, limit {limits.cosine} (n = {found.n})"
+    assert isinstance(found, Agreement)
+    misses = []
+    if found.interval()[1] < limits.agreement:
+        misses.append(f"{found.percent:.1f} % of its labels agree, limit {limits.agreement} %")
+    if found.cosine < limits.cosine:
+        misses.append(f"cosine of its features {found.cosine:.4f}, limit {limits.cosine}")
+    return f"{', '.join(misses)} (n = {found.n})" if misses else None
+
+
+def _percent(found: Accuracy | Similarity) -> float:
+    assert isinstance(found, Accuracy)
+    return found.percent
+
+
+_ADVICE = (
+    "More training images or epochs (stage1.max_images, stage1.epochs) bring it closer; activation_bits: 8 "
+    "(recipes/w4a8.yaml) does at once, and costs nothing where INT8 multiplies. The limits are the recipe's."
+)
 
 
 def train_activations(
@@ -200,7 +263,7 @@ def train_activations(
 
     calibrate_on(
         student,
-        lambda batch: loss(student, batch),
+        lambda batch: _scalar(loss(student, batch)),
         epoch(0, 0),
         min(most, math.ceil(recipe.calibration.images / size / processes().num_processes)),
         recipe,
@@ -234,12 +297,22 @@ def check_output(out: Path, force: bool) -> None:
 
 
 def _quantize_activations(
-    student: nn.Module, teacher: nn.Module, images: ImageSet, recipe: Recipe, run: "_Run"
+    student: nn.Module,
+    teacher: nn.Module,
+    images: ImageSet,
+    recipe: Recipe,
+    run: "_Run",
+    closeness: Callable[[str], Accuracy | Similarity],
 ) -> None:
     state = run.state.get("stage1")
     run.say(f"Stage 1: activations to {recipe.activation_bits} bits")
-    # Calibration also gives the scales their shapes, so that a stored state fits; it takes seconds.
+    # Calibration also gives the scales their shapes, so that a stored state fits.
     calibrate(student, images, recipe)
+    found = closeness("calibrated")
+    run.say(f"calibrated: {'agreement' if isinstance(found, Agreement) else 'cosine'} with the float model {found}")
+    if why := too_far(found, recipe):
+        then = "Stage 1 may mend it" if recipe.stage1.enabled else "nothing trains it, as the recipe wants"
+        run.say(f"WARNING: calibration alone leaves the model far from the float model: {why}. {then}.")
     if recipe.stage1.enabled:
         if state is not None:
             run.say(f"resuming Stage 1 at step {state['step']}")
@@ -272,6 +345,13 @@ def _open_data(
     if eval_data is None and test_labels and test_set.fingerprint == train_set.fingerprint:
         raise UsageError(f"{data} has no test images apart from its training images: give some with --eval.")
     return train_set, test_set
+
+
+def _scalar(loss: object) -> Tensor | None:
+    """What can be run backwards of a loss; a model that is not in training mode may return something else."""
+    if isinstance(loss, Mapping):
+        return torch.stack(list(loss.values())).sum() if loss else None
+    return loss if isinstance(loss, Tensor) else None
 
 
 def _own_fingerprint(student: nn.Module, recipe: Recipe) -> str:

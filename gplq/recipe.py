@@ -21,6 +21,13 @@ Granularity = Literal["per_channel", "per_tensor"]
 PAPER_LEARNING_RATES = {128: 5e-6, 64: 2.5e-6, 32: 1e-6, 16: 1e-6}
 
 
+# What a recipe of before 2026-11-29 meant without naming it.
+_BEFORE: dict[str, dict[str, Any]] = {
+    "calibration": {"rotate": False, "importance": "none", "centre": False},
+    "stage2": {"importance": "none"},
+}
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -28,10 +35,17 @@ class _Section(BaseModel):
 class Calibration(_Section):
     """Where the activation quantisers start."""
 
-    images: int = Field(512, ge=1, description="training images, drawn at random, that are looked at")
+    images: int = Field(256, ge=1, description="training images, drawn at random, that are looked at")
+    rotate: bool = Field(True, description="exact change of basis that spreads outliers over all channels")
+    importance: Literal["none", "gradient"] = Field(
+        "gradient", description="errors count by how much the features depend on them; none: all alike"
+    )
+    centre: bool = Field(True, description="keys and values lose their mean; changes no output")
     linear_range: Range = Field("mse", description="range of the inputs of linears (the paper: minmax)")
     matmul_range: Range = Field("mse", description="range of q, k, v and softmax (the paper: percentile)")
-    equalize: bool = Field(True, description="queries and keys exchange their channels' ranges; changes no score")
+    equalize: bool = Field(
+        True, description="queries and keys, values and what is projected exchange ranges; changes no output"
+    )
     shift: bool = Field(True, description="what hardly goes below zero (GELU) is shifted onto the unsigned grid")
     percentile: float = Field(1.0, gt=0, lt=50, description="the lower percentile; the upper mirrors it")
 
@@ -106,6 +120,9 @@ class Stage2(_Section):
     compensation: Literal["none", "ridge", "qwt"] = Field(
         "none", description="ridge: regression folded into the linears; qwt: a float linear beside each block (Eq 3)"
     )
+    importance: Literal["none", "gradient"] = Field(
+        "gradient", description="tokens count by how much the features depend on them; none: all alike"
+    )
     bias_correction: bool = Field(False, description="biases absorb the mean error of rounding, over all tokens")
     images: int = Field(512, ge=1, description="training images for all statistics; a fifth of them only to judge")
     damping: float = Field(0.01, gt=0, description="share of the Hessian's mean diagonal that is added to it")
@@ -113,11 +130,21 @@ class Stage2(_Section):
     adaround: LearnedRounding = LearnedRounding()
 
 
+class Limits(_Section):
+    """How close to the float model the result has to be; 0 lets anything pass."""
+
+    agreement: float = Field(80.0, ge=0, le=100, description="per cent of images that get the float model's label")
+    cosine: float = Field(0.8, ge=0, le=1, description="of the features, mean over images")
+
+
 class Recipe(_Section):
     """Everything that decides how a model is quantised."""
 
     weight_bits: int = Field(4, ge=2, le=8)
     activation_bits: int = Field(4, ge=2, le=8)
+    matmul_bits: int = Field(
+        8, ge=2, le=8, description="queries, keys and values: engines multiply them in INT8 whatever their bits"
+    )
     first_last_bits: int = Field(8, ge=4, le=8, description="patch embedding and classifier, weights and inputs")
     softmax_bits: int = Field(
         7, ge=2, le=7, description="attention probabilities; 7: all of INT8's, with which engines fuse an attention"
@@ -128,6 +155,7 @@ class Recipe(_Section):
     calibration: Calibration = Calibration()
     stage1: Stage1 = Stage1()
     stage2: Stage2 = Stage2()
+    limits: Limits = Limits()
 
     @classmethod
     def from_yaml(cls, path: Path) -> "Recipe":
@@ -157,6 +185,19 @@ class Recipe(_Section):
         except pydantic.ValidationError as error:
             lines = [f"  {_explain(problem)}" for problem in error.errors()]
             raise ConfigError("\n".join([f"{source} is not a valid recipe:", *lines])) from error
+
+    @classmethod
+    def from_record(cls, content: Any, source: str) -> "Recipe":
+        """A recipe out of a checkpoint: settings that did not exist when it was written have the values of that time.
+
+        What was written is complete, so that a missing key is a younger one. See :meth:`from_yaml` for what it raises.
+        """
+        if isinstance(content, dict):
+            sections = {
+                key: {**before, **content[key]} for key, before in _BEFORE.items() if isinstance(content.get(key), dict)
+            }
+            content = {"matmul_bits": content.get("activation_bits", 4), **content, **sections}
+        return cls.from_dict(content, source)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: nested dicts of numbers, strings, booleans and None."""

@@ -14,9 +14,9 @@ Each is fitted on four fifths of the calibration images, judged on the others, a
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from gplq.data import ImageSet, batches, draw
 from gplq.errors import UsageError
 from gplq.fold import fold_channels, foldable_norms, readers
 from gplq.grid import code_limits, round_scale
+from gplq.importance import token_importance
 from gplq.integer import FrozenQuantizer, IntegerConv, IntegerLinear, integer_layer, quantize_rows
 from gplq.layers import QuantMatMul
 from gplq.lsq import ActivationQuantizer
@@ -37,6 +38,8 @@ from gplq.progress import progress
 from gplq.recipe import Recipe
 from gplq.rounding import round_weight
 from gplq.stream import Call, Stream, execution_order, first_tensor, input_rows
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,10 @@ class _Stage2:
         self.stream = Stream(model, [name for name, _ in units(model)], load)
         self.reference = Stream(reference, self.stream.steps, load)
         self.layers = execution_order(model, inner, next(load())[:1])
+        self.importance: dict[str, list[Tensor]] = {}
+        if self.settings.importance == "gradient":
+            owners = {name: layer for name, layer in quant_layers(reference) if name in inner}
+            self.importance = token_importance(reference, owners, load(), recipe.seed)
 
     def freeze_step(self, step: str) -> BlockReport:
         """Freeze the layers of a step, one after the other, then the step as a whole; go on to the next one."""
@@ -178,7 +185,7 @@ class _Stage2:
         self.reference.advance()
         return report
 
-    def _split(self, calls: list[Call]) -> tuple[list[Call], list[Call]]:
+    def _split(self, calls: list[T]) -> tuple[list[T], list[T]]:
         """Calls to fit on and calls to judge by; the same ones, if there is only one."""
         judged = max(1, len(calls) // 5)
         return calls[:-judged] or calls, calls[-judged:]
@@ -222,14 +229,16 @@ class _Stage2:
         linears = [self.model.get_submodule(name) for name in names]
         wanted = [self.reference.model.get_submodule(name) for name in names]
         moments = Moments()
-        for call, reference in self._pairs(judge):
+        pairs = self._pairs(judge)
+        matters: Sequence[Tensor | None] = self._split(self.importance.get(layer, []))[judge] or [None] * len(pairs)
+        for (call, reference), weights in zip(pairs, matters, strict=True):
             x = input_rows(self.stream.module, here, call)
             if self.settings.compensation == "ridge":
                 x_wanted = input_rows(self.reference.module, there, reference)
                 lack = [_applied(b, x_wanted) - _applied(a, x) for a, b in zip(linears, wanted, strict=True)]
-                moments.add(x, torch.cat(lack, 1))
+                moments.add(x, torch.cat(lack, 1), weights)
             else:
-                moments.add(x)
+                moments.add(x, weights=weights)
         return moments
 
     def _round(

@@ -131,12 +131,60 @@ def test_constant_zero_input_gets_a_positive_scale() -> None:
         assert calibrated(torch.zeros(9, 2), method).item() >= 2.0**-14 * 0.19
 
 
-def test_memory_of_the_observer_is_bounded() -> None:
-    quantizer = ActivationQuantizer(4, signed=True, per_channel=True, kind="linear")
-    quantizer.mode = "observe"
-    for _ in range(40):
-        quantizer(torch.ones(3000, 16))
-    assert sum(sample.numel() for sample in quantizer._samples) <= lsq.SAMPLE_VALUES
+@pytest.mark.parametrize("channels", [8, 64])
+def test_an_observer_keeps_as_many_rows_whatever_the_width_and_the_number_of_batches(channels: int) -> None:
+    for batches in (3, 40):
+        quantizer = ActivationQuantizer(4, signed=True, per_channel=True, kind="linear")
+        quantizer.observe(batches)
+        for _ in range(batches):
+            quantizer(torch.ones(3000, channels, requires_grad=True)).sum().backward()
+        for kept in (quantizer._samples, quantizer._importance):
+            rows = sum(len(part) for part in kept if part is not None)
+            assert lsq.SAMPLE_ROWS <= rows <= lsq.SAMPLE_ROWS + batches
+
+
+@pytest.mark.parametrize("channels", [16, 512])
+def test_ranges_stay_if_the_images_are_doubled(channels: int) -> None:
+    # What 21 rows a batch for 1,536 channels did to a network: most channels' scales were wrong by tens of per cent.
+    def scale(batches: int) -> Tensor:
+        generator = torch.Generator().manual_seed(batches)
+        quantizer = ActivationQuantizer(4, signed=True, per_channel=True, kind="linear")
+        quantizer.observe(batches)
+        for _ in range(batches):
+            quantizer(torch.randn(2000, channels, generator=generator))
+        quantizer.calibrate("mse", 1.0)
+        return quantizer.scale.detach()
+
+    change = (scale(8) / scale(4)).log().abs()
+    assert float(change.median()) < 0.05
+    assert float(change.max()) < 0.15
+
+
+def test_importance_decides_which_values_a_scale_serves() -> None:
+    # Two kinds of rows: many small ones, and few large ones that alone matter.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 1, generator=generator)
+    x[:20] *= 20
+    matter = torch.zeros(2000, 1)
+    matter[:20] = 1
+    scales = {}
+    for name, gradient in (("none", None), ("small", 1 - matter), ("large", matter)):
+        quantizer = ActivationQuantizer(4, signed=True, per_channel=True, kind="linear")
+        quantizer.observe(1)
+        inputs = x.clone().requires_grad_(gradient is not None)
+        y = quantizer(inputs)
+        if gradient is not None:
+            (y * gradient).sum().backward()
+        quantizer.calibrate("mse", 1.0)
+        scales[name] = float(quantizer.scale.detach())
+        # The independent judge: no other scale has a smaller weighted error.
+        weight = np.ones((2000, 1)) if gradient is None else gradient.numpy()
+        errors = [
+            float((weight * (reference.quantize(x.numpy(), s, 4, signed=True) * s - x.numpy()) ** 2).sum())
+            for s in [scales[name], *np.geomspace(0.02, 1, 60) * float(x.abs().max()) / 7]
+        ]
+        assert errors[0] <= min(errors) * 1.02
+    assert scales["small"] < scales["none"] < scales["large"]
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])

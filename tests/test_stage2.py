@@ -204,7 +204,7 @@ def split(images: ImageSet, recipe: Recipe) -> tuple[Tensor, Tensor]:
 def test_moments_are_those_of_the_quantised_inputs_of_the_images_to_fit_on(
     float_model: FloatModel, train_set: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = with_stage2(bias_correction=False)
+    recipe = with_stage2(bias_correction=False, importance="none")
     model = calibrated(float_model, train_set, recipe)
     norm_inputs, scale = None, model.get_submodule("blocks.0.attn").input_quantizer.scale  # type: ignore[union-attr]
     seen: list[Tensor] = []
@@ -275,7 +275,7 @@ def test_range_by_output_has_the_least_output_error(rounding: str, granularity: 
 def test_bias_correction_removes_the_mean_error(float_model: FloatModel, train_set: ImageSet) -> None:
     means = {}
     for correct in (True, False):
-        recipe = with_stage2(bias_correction=correct, rounding="nearest")
+        recipe = with_stage2(bias_correction=correct, rounding="nearest", importance="none")
         before = calibrated(float_model, train_set, recipe)
         after = copy.deepcopy(before)
         quantize_weights(after, train_set, recipe)
