@@ -50,6 +50,7 @@ def token_importance(
         model: converted and calibrated, not frozen.
         layers: by name; of an attention the rows of queries, keys and values are averaged.
         images: batches [B, C, H, W] on the model's device.
+        seed: of the random projections.
 
     Returns:
         By name: for each batch float32 [rows] on the CPU, of mean 1.1; rows are tokens, or a

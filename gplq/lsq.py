@@ -230,7 +230,8 @@ class ActivationQuantizer(nn.Module):
     optimiser's step of 1e-3 is 0.1 % of every scale, whether it is large or small.
 
     Attributes:
-        mode: "float" passes the input through, "observe" does too and collects ranges (see :meth:`observe`), "quantize" quantises.
+        mode: "float" passes the input through, "observe" does too and collects ranges (see :meth:`observe`),
+            "quantize" quantises.
         signed: whether codes below zero exist; None until :meth:`calibrate` has seen whether values below zero do.
         shiftable: whether :meth:`calibrate` may choose a shift.
         softmax_bits: the number of bits if :meth:`calibrate` has seen nothing but probabilities that sum to 1.

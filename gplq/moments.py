@@ -5,7 +5,9 @@ from torch import Tensor
 
 
 class Moments:
-    """Means over rows, which may be weighted, of the products of inputs x [K] and, if wanted, of what the outputs lack, d [N]; FP64.
+    """Means over rows of the products of inputs x [K] and, if wanted, of what the outputs lack, d [N]; FP64.
+
+    Rows may be weighted.
 
     Inputs have a one appended, so that biases need no case of their own. The squared error of any correction
     ``x -> [W, b] [x, 1]`` of the outputs follows from these means alone.
