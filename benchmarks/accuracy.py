@@ -6,8 +6,9 @@ r"""Top-1 of one model under many recipes and seeds, as dated JSON: what each pa
     python benchmarks/accuracy.py dinov2_fashion70.safetensors --arch vit_small_patch14_dinov2 --model-arg img_size=70 \
         --data fashion_mnist.npz --name dinov2 --recipes recipes/ablation/*.yaml --images 2000
 
-    python benchmarks/accuracy.py dinov2_clipart224.safetensors --arch vit_small_patch14_dinov2 --model-arg img_size=224 \
-        --data clipart-train.tar --eval clipart-val.tar --name clipart224 --recipes recipes/calibrate.yaml recipes/fast.yaml
+    python benchmarks/accuracy.py dinov2_clipart224.safetensors --arch vit_small_patch14_dinov2 \
+        --model-arg img_size=224 --data clipart-train.tar --eval clipart-val.tar --name clipart224 \
+        --recipes recipes/calibrate.yaml recipes/w4a8.yaml recipes/fast.yaml
 
 Every row is a recipe that ``gplq quantize --recipe`` takes. Rows with the same Stage 1 (calibration, Stage 1 and
 seed) share its result. Each row is measured on the same test images as the float model, so that differences to it are
@@ -138,10 +139,8 @@ class Bench:
         calibrate(student, self.train, recipe)
         seconds = time.monotonic() - begin
         reference = outputs_of(teacher, self.test) if recipe.calibration.rotate else self.reference
-        result: dict[str, Any] = {
-            "calibration_seconds": round(seconds, 1),
-            "calibrated": self.measure(student, reference),
-        }
+        calibrated = self.measure(student, reference)
+        result: dict[str, Any] = {"calibration_seconds": round(seconds, 1), "calibrated": calibrated}
         print(f"calibrated {_line(calibrated)}", flush=True)
         if recipe.stage1.enabled:
             before, begin = copy.deepcopy(student), time.monotonic()
