@@ -193,6 +193,11 @@ def _line(result: dict[str, Any]) -> str:
     )
 
 
+def model_arguments(texts: list[str]) -> dict[str, Any]:
+    """``--model-arg KEY=VALUE``, several times."""
+    return {key: _value(value) for key, _, value in (text.partition("=") for text in texts)}
+
+
 def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
@@ -215,8 +220,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the result: DATE-accuracy-NAME.json")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
-    model_args = {key: _value(value) for key, _, value in (text.partition("=") for text in arguments.model_arg)}
-    source = load_model(arguments.model, arch=arguments.arch, model_args=model_args)
+    source = load_model(arguments.model, arch=arguments.arch, model_args=model_arguments(arguments.model_arg))
     path = arguments.out / f"{datetime.now(UTC):%Y-%m-%d}-accuracy-{arguments.name}.json"
     bench = Bench(source, arguments.data, arguments.eval or arguments.data, arguments.images, path)
     rows = []
