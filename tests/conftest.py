@@ -67,6 +67,12 @@ def fast_recipe(**stage1: Any) -> Recipe:
     return Recipe.from_dict({"calibration": {"images": 64}, "stage1": settings, "stage2": {"images": 64}})
 
 
+def rough(recipe: Recipe) -> Recipe:
+    """``recipe`` with a start that leaves much to learn: a tiny random network needs little more than good scales."""
+    calibration = recipe.calibration.model_copy(update={"rotate": False, "importance": "none", "centre": False})
+    return recipe.model_copy(update={"matmul_bits": recipe.activation_bits, "calibration": calibration})
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first, so that no process is left with one at the end while the others are done."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

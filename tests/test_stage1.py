@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import fast_recipe
+from conftest import fast_recipe, rough
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -242,7 +242,7 @@ def test_finished_state_trains_no_further(
 def test_every_way_of_training_lowers_its_loss(
     changes: dict[str, Any], float_model: FloatModel, train_set: ImageSet
 ) -> None:
-    recipe = fast_recipe(**{"epochs": 3, "lr": 3e-4, "scale_lr": 1e-3, **changes})
+    recipe = rough(fast_recipe(**{"epochs": 3, "lr": 3e-4, "scale_lr": 1e-3, **changes}))
     student = make_student(float_model, train_set, recipe)
     before = objective(student, float_model, train_set, recipe)
     stage1.train(student, float_model.model, train_set, recipe, None, ignore)
@@ -267,7 +267,7 @@ def objective(student: nn.Module, float_model: FloatModel, images: ImageSet, rec
 def gradients(float_model: FloatModel, images: ImageSet, **changes: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Of the weights and of the scales, in the first step."""
     # Eight bits: at four, the noise of BF16 flips so many codes that two gradients have little in common.
-    recipe = fast_recipe(epochs=1, max_images=16, **changes).model_copy(update={"activation_bits": 8})
+    recipe = rough(fast_recipe(epochs=1, max_images=16, **changes).model_copy(update={"activation_bits": 8}))
     student = make_student(float_model, images, recipe)
     found: dict[str, Tensor] = {}
     for name, parameter in student.named_parameters():
@@ -468,7 +468,7 @@ def test_a_loss_of_ones_own_trains_and_resumes_exactly(
     def press(self: Detector, *batch: Any) -> dict[str, Tensor]:
         nonlocal asked
         asked += 1
-        if asked == 16 + 4 * 5 + 2:  # calibration, five steps, half a step
+        if asked == 2 + 16 + 4 * 5 + 2:  # centring and equalising, calibration, five steps, half a step
             raise KeyboardInterrupt
         return original(self, *batch)
 
