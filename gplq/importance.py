@@ -81,8 +81,12 @@ def token_importance(
 
 
 def _together(parts: list[Tensor]) -> list[Tensor]:
-    """The mean of several outputs' rows, each of mean 1; nothing if none has a gradient."""
-    each = [rows / rows.mean() for rows in parts if float(rows.sum()) > 0]
+    """The mean of several outputs' rows, each of mean 1; nothing if no gradient reaches them.
+
+    Where one does and is zero throughout, in a batch of which nothing passes, all rows count alike.
+    """
+    reached = [rows for rows in parts if len(rows)]
+    each = [rows / rows.mean() for rows in reached if float(rows.sum()) > 0] or [torch.ones_like(x) for x in reached]
     return [torch.stack(each).mean(0)] if each else []
 
 
