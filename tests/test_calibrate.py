@@ -1,6 +1,8 @@
-"""What calibration does beside choosing scales: equalising queries and keys, and shifting what a GELU returns."""
+"""What calibration does beside choosing scales: centring, equalising, and shifting what a GELU returns."""
 
+import copy
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +65,138 @@ def test_recipe_decides_about_equalising(equalize: bool, train_set: ImageSet) ->
     before = attention.q.weight.clone()
     calibrate(model, train_set, Recipe.from_dict(recipe))
     assert torch.equal(attention.q.weight, before) != equalize
+
+
+def exact_attention(**changes: Any) -> tuple[nn.Module, QuantAttention]:
+    """A converted model in FP64 and float mode, keys and values of which are far from zero; and an attention of it."""
+    model = convert(make_model(**changes), Recipe()).double()
+    attention = model.get_submodule("blocks.0.attn")
+    assert isinstance(attention, QuantAttention)
+    with torch.no_grad():
+        for linear in (attention.k, attention.v):
+            if linear.bias is not None:
+                linear.bias += torch.arange(64) / 8 - 3
+    return model, attention
+
+
+@torch.no_grad()
+def operands(model: nn.Module, attention: QuantAttention, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys, values and what is projected, each [tokens of all images, heads * head_dim]; and the model's output."""
+    found: dict[str, Tensor] = {}
+    handles = [
+        attention.qk.register_forward_pre_hook(lambda _, args: found.update(k=args[1].transpose(-2, -1))),
+        attention.pv.register_forward_pre_hook(lambda _, args: found.update(v=args[1])),
+        attention.proj.register_forward_pre_hook(lambda _, args: found.update(x=args[0])),
+    ]
+    output = model(inputs)
+    for handle in handles:
+        handle.remove()
+    keys, values = (found[name].transpose(1, 2).reshape(-1, 64) for name in "kv")
+    return keys, values, found["x"].reshape(-1, 64), output
+
+
+def test_centring_changes_no_output_and_takes_the_means_away(probe: Tensor) -> None:
+    model, attention = exact_attention()
+    keys, values, _, expected = operands(model, attention, probe.double())
+    assert min(float(x.mean(0).abs().max()) for x in (keys, values)) > 1
+    attention.centre(keys.mean(0), values.mean(0))
+    new_keys, new_values, _, output = operands(model, attention, probe.double())
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-9)
+    for new, old in ((new_keys, keys), (new_values, values)):
+        torch.testing.assert_close(new, old - old.mean(0), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False}, {"qk_norm": True}])
+def test_spreading_changes_no_output_and_makes_channels_of_one_size(changes: dict[str, Any], probe: Tensor) -> None:
+    model, attention = exact_attention(**changes)
+    with torch.no_grad():
+        attention.v.weight[5] *= 30  # an outlier channel
+        attention.v.weight[6:8] = 0  # and one that is never used
+        if attention.v.bias is not None:
+            attention.v.bias[6:8] = 0
+    _, _, inputs, expected = operands(model, attention, probe.double())
+    size = inputs.square().mean(0).sqrt()
+    assert float(size.max() / size.median()) > 2
+    attention.spread(size)
+    _, _, inputs, output = operands(model, attention, probe.double())
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-9)
+    after = inputs.square().mean(0).sqrt()
+    used = size > 0
+    assert int(used.sum()) == 62
+    torch.testing.assert_close(after[used], size.mean().expand(62), rtol=1e-9, atol=0)
+    assert (after[~used] == 0).all()
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_spreading_by_any_size_changes_no_output(size: float, probe: Tensor) -> None:
+    model, attention = exact_attention()
+    expected = operands(model, attention, probe.double())[-1]
+    attention.spread(torch.where(torch.arange(64) == 9, size, 1.0).double())
+    torch.testing.assert_close(operands(model, attention, probe.double())[-1], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "centred"),
+    [
+        ({}, {"k.bias", "v.bias", "proj.linear.bias"}),
+        ({"qk_norm": True}, {"v.bias", "proj.linear.bias"}),  # of what a norm returns nothing can be taken away
+        ({"scale_attn_norm": True}, {"k.bias"}),  # nor added behind one
+        ({"proj_bias": False}, {"k.bias"}),
+        ({"qkv_bias": False}, set()),
+    ],
+    ids=lambda changes: next(iter(changes), "plain") if isinstance(changes, dict) else "",
+)
+def test_only_what_a_bias_can_take_is_centred(changes: dict[str, Any], centred: set[str], probe: Tensor) -> None:
+    model, attention = exact_attention(**changes)
+    before = {name: parameter.clone() for name, parameter in attention.named_parameters()}
+    keys, values, _, expected = operands(model, attention, probe.double())
+    attention.centre(keys.mean(0), values.mean(0))
+    moved = {name for name, parameter in attention.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == centred
+    torch.testing.assert_close(operands(model, attention, probe.double())[-1], expected, rtol=0, atol=1e-9)
+
+
+def test_values_behind_a_norm_are_not_spread(probe: Tensor) -> None:
+    _, attention = exact_attention(scale_attn_norm=True)
+    before = copy.deepcopy(attention.state_dict())
+    attention.spread(torch.arange(1.0, 65).double())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in attention.state_dict().items())
+
+
+def calibration_with(**changes: Any) -> Recipe:
+    recipe = fast_recipe()
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize("centre", [True, False])
+def test_recipe_decides_about_centring(centre: bool, train_set: ImageSet, probe: Tensor) -> None:
+    recipe = calibration_with(centre=centre, equalize=False)
+    model = convert(make_model(), recipe)
+    attention = model.get_submodule("blocks.1.attn")
+    assert isinstance(attention, QuantAttention)
+    with torch.no_grad():
+        attention.k.bias.add_(3)
+        attention.v.bias.add_(3)
+    calibrate(model, train_set, recipe)
+    keys, values, *_ = operands(model, attention, probe)
+    assert [float(x.mean(0).abs().max()) < 0.5 for x in (keys, values)] == [centre, centre]
+
+
+@pytest.mark.parametrize("importance", ["none", "gradient"])
+def test_calibration_leaves_the_function_and_the_gradients_alone(
+    importance: str, train_set: ImageSet, probe: Tensor
+) -> None:
+    recipe = calibration_with(importance=importance)
+    model = convert(make_model(), recipe)
+    with torch.no_grad():
+        expected = model(probe)
+    calibrate(model, train_set, recipe)
+    for quantizer in activation_quantizers(model).values():
+        assert quantizer.mode == "quantize"
+        quantizer.mode = "float"
+    with torch.no_grad():
+        torch.testing.assert_close(model(probe), expected, rtol=1e-4, atol=1e-5)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
 def gelu_layer(channels: int = 16, per_channel: bool = True) -> tuple[QuantLinear, Tensor]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,6 +186,59 @@ def test_importance_decides_which_values_a_scale_serves() -> None:
         ]
         assert errors[0] <= min(errors) * 1.02
     assert scales["small"] < scales["none"] < scales["large"]
+
+
+@pytest.fixture
+def class_tokens() -> tuple[Tensor, Tensor]:
+    """Batches [8, 64 images, 257 tokens, 4], and gradients, by which the first token of each image matters most."""
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = torch.randn(2, 8, 64, 257, 4, generator=generator)
+    x[:, :, 0] *= 8
+    gradient[:, :, 1:] *= 1e-3
+    return x, gradient
+
+
+def observed(x: Tensor, gradient: Tensor) -> ActivationQuantizer:
+    quantizer = ActivationQuantizer(4, signed=True, per_channel=True, kind="linear")
+    quantizer.observe(len(x))
+    for batch, matter in zip(x, gradient, strict=True):
+        (quantizer(batch.clone().requires_grad_()) * matter).sum().backward()
+    return quantizer
+
+
+def weighted_error(x: Tensor, gradient: Tensor, scale: Any) -> Any:
+    """Sum of |gradient| * squared error over all values of each channel, [4], FP64."""
+    rows, weight = (part.double().reshape(-1, 4).numpy() for part in (x, gradient.abs()))
+    return (weight * (reference.quantize(rows, scale, 4, signed=True) * scale - rows) ** 2).sum(0)
+
+
+def test_sample_meets_the_rare_rows_that_matter(class_tokens: tuple[Tensor, Tensor]) -> None:
+    x, gradient = class_tokens
+    quantizer = observed(x, gradient)
+    sample = torch.cat(quantizer._samples)
+    # Drawn alike, one row in 257 would be a class token: 16 of 4096.
+    assert int((sample.abs().amax(1) > 6).sum()) > 1000
+    quantizer.calibrate("mse", 1.0)
+    scale = quantizer.scale.detach().numpy().astype(np.float64)
+    largest = x.abs().amax((0, 1, 2)).double().numpy() / 7
+    best = np.min([weighted_error(x, gradient, share * largest) for share in np.geomspace(0.02, 1, 80)], axis=0)
+    assert (weighted_error(x, gradient, scale) < 1.05 * best).all()
+    # They decided: for all tokens alike, another scale would be the best.
+    ones = torch.ones_like(gradient)
+    alike = np.min([weighted_error(x, ones, share * largest) for share in np.geomspace(0.02, 1, 20)], axis=0)
+    assert (weighted_error(x, ones, scale) > 1.5 * alike).all()
+
+
+def test_weights_of_a_sample_undo_how_it_was_drawn(class_tokens: tuple[Tensor, Tensor]) -> None:
+    x, gradient = class_tokens
+    gradient[:, :, 1:] *= 30  # so that both kinds of rows count
+    quantizer = observed(x, gradient)
+    sample, weight = (torch.cat(parts).double().numpy() for parts in (quantizer._samples, quantizer._importance))  # type: ignore[arg-type]
+    assert len(sample) == lsq.SAMPLE_ROWS
+    for scale in (0.2, 0.8, 2.0):
+        error = (reference.quantize(sample, np.array(scale), 4, signed=True) * scale - sample) ** 2
+        expected = weighted_error(x, gradient, np.array(scale)).sum() / x[..., 0].numel()
+        assert (weight * error).sum() / len(sample) == pytest.approx(expected, rel=0.1)  # 5 % is its standard error
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])
