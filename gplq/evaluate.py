@@ -136,7 +136,9 @@ def agreement(model: nn.Module, teacher: nn.Module, images: ImageSet, what: str,
     ):
         for inputs, labels in batches(images, batch_size, share(range(len(images)))):
             ours, theirs = (network(inputs.to(device)).argmax(1) for network in (model, teacher))
-            cosines = torch.cosine_similarity(features.value, targets.value).double()
+            # Features of any shape: a classifier may be a convolution.
+            one, other = (torch.cat([x.float().flatten(1) for x in f.tensors], 1) for f in (features, targets))
+            cosines = torch.cosine_similarity(one, other).double()
             sums += torch.tensor([(ours == theirs).sum(), len(labels), cosines.sum()], dtype=torch.float64)
             bar.update(len(labels) * processes().num_processes)
     correct, count, cosine = total(sums).tolist()

@@ -186,7 +186,7 @@ def too_far(found: Accuracy | Similarity, recipe: Recipe) -> str | None:
     misses = []
     if found.interval()[1] < limits.agreement:
         misses.append(f"{found.percent:.1f} % of its labels agree, limit {limits.agreement} %")
-    if found.cosine < limits.cosine:
+    if not found.cosine >= limits.cosine:  # NaN is no closeness
         misses.append(f"cosine of its features {found.cosine:.4f}, limit {limits.cosine}")
     return f"{', '.join(misses)} (n = {found.n})" if misses else None
 

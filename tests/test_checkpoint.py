@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import Quantised
+from conftest import Quantised, fast_recipe, rough
 from torch import Tensor
 
 import gplq
@@ -25,6 +25,8 @@ from gplq.checkpoint import (
 )
 from gplq.errors import CheckpointError
 from gplq.files import sha256
+from gplq.models import FloatModel
+from gplq.pipeline import quantize
 
 Alter = Callable[[Callable[[dict[str, Any]], None]], Path]
 
@@ -165,6 +167,31 @@ def test_altered_file_is_refused(name: str, altered: Alter) -> None:
 
 def test_minor_version_that_is_newer_still_loads(altered: Alter) -> None:
     assert load_checkpoint(altered(set_at("schema_version", value=[1, 7]))).spec.num_classes == 4
+
+
+@pytest.fixture(scope="module")
+def plain_file(float_model: FloatModel, npz_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantised as before 2026-11-29."""
+    path = tmp_path_factory.mktemp("plain") / "model.pt"
+    recipe = rough(fast_recipe(enabled=False))
+    recipe = recipe.model_copy(update={"stage2": recipe.stage2.model_copy(update={"importance": "none"})})
+    quantize(float_model, npz_file, path, recipe, say=lambda _: None)
+    return path
+
+
+def test_file_of_before_the_new_settings_still_loads(plain_file: Path, probe: Tensor, tmp_path: Path) -> None:
+    content = torch.load(plain_file, weights_only=True)
+    del content["recipe"]["matmul_bits"], content["recipe"]["limits"], content["recipe"]["stage2"]["importance"]
+    for key in ("rotate", "importance", "centre"):
+        del content["recipe"]["calibration"][key]
+    torch.save(content, tmp_path / "old.pt")
+    old, new = load_checkpoint(tmp_path / "old.pt"), load_checkpoint(plain_file)
+    assert old.recipe == new.recipe
+    assert (old.recipe.matmul_bits, old.recipe.calibration.rotate) == (4, False)
+    assert {quantizer.bits for quantizer in frozen_quantizers(old.model).values()} == {4, 7, 8}
+    assert {frozen_quantizers(old.model)[f"blocks.0.attn.qk.{side}_quantizer"].bits for side in "ab"} == {4}
+    with torch.no_grad():
+        assert torch.equal(old.model(probe), new.model(probe))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Quantised, fast_recipe
 
+import gplq
 from gplq.cli import main
 from gplq.recipe import Recipe
 
@@ -38,6 +39,33 @@ def test_quantise_then_measure(
     assert "--force" in capsys.readouterr().err
     assert out.read_bytes() == before
     assert main([*common, "--force"]) == 0
+
+
+def test_result_far_from_the_float_model_exits_with_1_and_is_kept(
+    model_folder: Path, npz_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = fast_recipe(task_weight=0.0, max_images=16).to_dict()
+    recipe.update(activation_bits=2, limits={"agreement": 100.0, "cosine": 1.0})
+    (tmp_path / "strict.yaml").write_text(Recipe.from_dict(recipe).to_yaml())
+    out = tmp_path / "new" / "model.pt"
+    arguments = ["--data", npz_file, "--recipe", tmp_path / "strict.yaml", "--out", out]
+    assert main(["quantize", str(model_folder), *map(str, arguments)]) == 1
+    output, error = capsys.readouterr()
+    provenance = torch.load(out, weights_only=True)["provenance"]
+    found = provenance["closeness"]["W4A2"]
+    assert error.startswith("gplq: error: the quantised model is not close to the float model: ")
+    assert f"{found['percent']:.1f} % of its labels agree, limit 100.0 %" in error
+    assert f"cosine of its features {found['cosine']:.4f}, limit 1.0 (n = {found['n']})" in error
+    assert f"{out} is kept" in error
+    assert "stage1.max_images" in error  # what to do
+    assert listing(out.parent) == ["model.pt"]
+    with torch.no_grad():
+        assert gplq.load(out)(torch.zeros(1, 1, 16, 16)).shape == (1, 4)
+    # Whoever looks on need not wait for the end of Stage 1.
+    lines = output.splitlines()
+    warned = next(index for index, line in enumerate(lines) if line.startswith("WARNING: calibration alone leaves"))
+    assert "Stage 1 may mend it" in lines[warned]
+    assert warned < next(index for index, line in enumerate(lines) if line.startswith("W32A2"))
 
 
 def test_recipe_prints_what_it_reads(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,3 +219,7 @@ def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(
     for part in ("quantizers", "linears", "floats"):
         assert same_tensors(actual[part], expected[part]), part
     assert actual["provenance"]["top1"] == expected["provenance"]["top1"]
+    # What was resumed was trained against a rotated teacher, and begins with a rotated student.
+    assert actual["recipe"]["calibration"]["rotate"]
+    assert actual["provenance"]["rotation"] == expected["provenance"]["rotation"]
+    assert actual["provenance"]["rotation"]["residual"]

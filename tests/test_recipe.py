@@ -89,6 +89,40 @@ def test_keys_that_contradict_each_other_are_refused(stage1: dict[str, Any], why
         Recipe.from_dict({"stage1": stage1})
 
 
+def record_of_before(recipe: Recipe) -> dict[str, Any]:
+    """What a checkpoint of before 2026-11-29 says of its recipe: everything that there was then."""
+    record = recipe.to_dict()
+    del record["matmul_bits"], record["limits"], record["stage2"]["importance"]
+    for key in ("rotate", "importance", "centre"):
+        del record["calibration"][key]
+    return record
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_record_of_before_keeps_its_meaning(bits: int) -> None:
+    recipe = Recipe.from_dict({"activation_bits": bits, "stage2": {"rounding": "nearest"}, "seed": 7})
+    found = Recipe.from_record(record_of_before(recipe), "here")
+    calibration = found.calibration
+    assert (calibration.rotate, calibration.importance, calibration.centre) == (False, "none", False)
+    assert (found.stage2.importance, found.stage2.rounding, found.seed) == ("none", "nearest", 7)
+    assert found.matmul_bits == bits
+    # A recipe that someone writes means what recipes mean now.
+    now = Recipe.from_dict(record_of_before(recipe))
+    assert (now.calibration.rotate, now.calibration.importance, now.calibration.centre) == (True, "gradient", True)
+    assert (now.stage2.importance, now.matmul_bits) == ("gradient", 8)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe.from_dict({"matmul_bits": 5, "calibration": {"rotate": False}})])
+def test_record_of_today_is_taken_as_it_is(recipe: Recipe) -> None:
+    assert Recipe.from_record(recipe.to_dict(), "here") == recipe
+
+
+@pytest.mark.parametrize("content", [[], None, {"calibration": 3}, {"activation_bits": "four"}, {"stage2": {"x": 1}}])
+def test_bad_record_says_where_it_is_from(content: Any) -> None:
+    with pytest.raises(ConfigError, match=r"the recipe in old\.pt"):
+        Recipe.from_record(content, "the recipe in old.pt")
+
+
 def test_all_mistakes_are_listed_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         Recipe.from_dict({"weight_bits": 99, "stage1": {"lr": -1}, "extra": 0})
