@@ -89,6 +89,7 @@ def quantize(
     what = {"top1": "top-1", "agreement": "agreement with FP32", "similarity": "cosine with FP32"}[measured]
 
     run = _Run(out.with_name(f"{out.name}.resume"), _fingerprint(source, train_set, test_set, recipe), say)
+    say(recipe.bits())
     results: dict[str, Accuracy | Similarity] = {}
     activations, weights = f"A{recipe.activation_bits}", f"W{recipe.weight_bits}"
     device = processes().device

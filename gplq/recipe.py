@@ -157,6 +157,17 @@ class Recipe(_Section):
     stage2: Stage2 = Stage2()
     limits: Limits = Limits()
 
+    def bits(self) -> str:
+        """Which bits what has, in one line.
+
+        >>> Recipe().bits()
+        'W4A4: queries, keys and values 8 bits, attention probabilities 7, first and last layer 8'
+        """
+        return (
+            f"W{self.weight_bits}A{self.activation_bits}: queries, keys and values {self.matmul_bits} bits, attention "
+            f"probabilities {self.softmax_bits}, first and last layer {self.first_last_bits}"
+        )
+
     @classmethod
     def from_yaml(cls, path: Path) -> "Recipe":
         """Read and validate a recipe.

@@ -202,7 +202,8 @@ class _Stage2:
         children = {id(module): f"{name}.{child}" for child, module in layer.named_modules()}
         names = [children[id(linear)] for linear in linears]
         # The linears of one layer read the same input, so one pass serves all of them.
-        fitted, judged = self._moments(name, names, judge=False), self._moments(name, names, judge=True)
+        fitted = self._moments(name, names, judge=False)
+        judged = self._moments(name, names, judge=True) if self.settings.compensation == "ridge" else Moments()
         tried: list[Compensation] = []
         start = 0
         for child, linear in zip(names, linears, strict=True):
