@@ -6,6 +6,7 @@ no label and no loss is needed: the mean of the squared gradients over projectio
 matrix (Fisher's, for the features' squared error).
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from gplq.convert import QuantLayer
 from gplq.layers import QuantAttention, QuantConv, QuantPatchConv
 from gplq.pca import Features
+from gplq.processes import computes_in_bf16
 
 # Images at a time where a backward pass follows: memory.
 IMAGES_AT_ONCE = 16
@@ -68,6 +70,8 @@ def token_importance(
         with torch.enable_grad(), fixed_parameters(model), Features(model) as features:
             for batch in images:
                 for part in batch.split(IMAGES_AT_ONCE):
+                    for note in itertools.chain.from_iterable(notes.values()):
+                        note.called = False
                     model(part.clone().requires_grad_())
                     scalar = projected(features, generator)
                     if scalar.requires_grad:
@@ -91,15 +95,16 @@ def _together(parts: list[Tensor]) -> list[Tensor]:
 
 
 class _Note:
-    """Keeps the size of an output's gradient, one number a row."""
+    """Keeps the size of an output's gradient, one number a row; of several calls in a forward pass, of the first."""
 
     def __init__(self, pixels: bool) -> None:
-        self.pixels = pixels
+        self.pixels, self.called = pixels, False
         self._found: list[Tensor] = []
 
     def __call__(self, _: nn.Module, __: object, output: Tensor) -> None:
-        if output.requires_grad:
+        if output.requires_grad and not self.called:  # as gplq.stream.input_rows
             output.register_hook(self._keep)
+        self.called = True
 
     def _keep(self, gradient: Tensor) -> None:
         rows = gradient.permute(0, 2, 3, 1) if self.pixels else gradient  # [B, N, H, W] -> [B, H, W, N]

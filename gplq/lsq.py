@@ -292,9 +292,7 @@ class ActivationQuantizer(nn.Module):
             if _recomputing and result.grad_fn is not None:
                 result._quantization = result.grad_fn.quantization  # type: ignore[attr-defined]  # see recompute_quantized
             return result
-        if self.mode == "observe":
-            self._observe(x)
-        return x
+        return self._observe(x) if self.mode == "observe" else x
 
     def observe(self, batches: int) -> None:
         """Collect ranges from now on, from so many batches; see :meth:`calibrate`.
@@ -303,7 +301,7 @@ class ActivationQuantizer(nn.Module):
         """
         self.mode, self._batches = "observe", batches
 
-    def _observe(self, x: Tensor) -> None:
+    def _observe(self, x: Tensor) -> Tensor:
         values = x.detach()
         self._probabilities = self._probabilities and self.kind == "matmul" and _sums_to_one(values)
         rows = values.reshape(-1, x.shape[-1]) if self.per_channel else values.reshape(-1, 1)
@@ -316,12 +314,14 @@ class ActivationQuantizer(nn.Module):
         keep = math.ceil((SAMPLE_ROWS if self.per_channel else SAMPLE_VALUES) / self._batches)
         generator = torch.Generator().manual_seed(len(self._samples))
         if x.requires_grad:
-            remember = functools.partial(self._weigh, len(self._samples), values, keep, generator)
-            x.register_hook(remember)
+            # What counts is the gradient that comes through here: a residual stream has others beside it.
+            x = x.view_as(x)
+            x.register_hook(functools.partial(self._weigh, len(self._samples), values, keep, generator))
         if rows.shape[0] > keep:
             rows = rows[torch.randint(rows.shape[0], (keep,), generator=generator).to(rows.device)]
         self._samples.append(rows.clone())
         self._importance.append(None)
+        return x
 
     def _weigh(self, index: int, x: Tensor, keep: int, generator: torch.Generator, gradient: Tensor) -> None:
         """When the backward pass comes by: take sample ``index`` again, by how much its rows matter.

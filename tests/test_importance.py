@@ -157,6 +157,28 @@ def test_batch_in_which_nothing_matters_keeps_its_place() -> None:
     torch.testing.assert_close(found[1], torch.full((15,), 1.1))
 
 
+class Twice(nn.Module):
+    """A layer that runs on two inputs, as a detector's head on its levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 512)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, 4] -> [B, N, 512]."""
+        first: Tensor = self.layer(x)
+        other: Tensor = self.layer(x + 1)
+        return first * x.detach().mean(-1, keepdim=True) + 9 * other
+
+
+def test_of_several_calls_the_first_counts() -> None:
+    model: Any = Twice()
+    x = torch.rand(20, 5, 4, generator=torch.Generator().manual_seed(0))
+    (rows,) = token_importance(model, {"layer": model.layer}, [x], seed=0)["layer"]
+    expected = x.mean(-1).flatten()
+    torch.testing.assert_close(rows - 0.1, expected / expected.mean(), rtol=0.2, atol=0)
+
+
 def test_weighted_moments_are_those_of_the_definition() -> None:
     random = np.random.default_rng(0)
     x, d, w = random.normal(size=(300, 5)) + 3, random.normal(size=(300, 3)) - 1, random.uniform(0.1, 20, 300)

@@ -229,6 +229,18 @@ def test_sample_meets_the_rare_rows_that_matter(class_tokens: tuple[Tensor, Tens
     assert (weighted_error(x, ones, scale) > 1.5 * alike).all()
 
 
+def test_gradient_beside_a_quantiser_is_not_its_importance() -> None:
+    # A residual stream, as behind the norms of Swin v2, mostly goes past the layer that reads it.
+    x, matter = torch.randn(2, 100, 4, generator=torch.Generator().manual_seed(0))
+    quantizer = ActivationQuantizer(4, signed=True, per_channel=True, kind="linear")
+    quantizer.observe(1)
+    stream = x.clone().requires_grad_() * 1
+    (quantizer(stream) * matter + 100 * stream).sum().backward()
+    (weight,) = quantizer._importance
+    assert weight is not None
+    torch.testing.assert_close(weight, matter.abs())
+
+
 def test_weights_of_a_sample_undo_how_it_was_drawn(class_tokens: tuple[Tensor, Tensor]) -> None:
     x, gradient = class_tokens
     gradient[:, :, 1:] *= 30  # so that both kinds of rows count
