@@ -72,7 +72,9 @@ def token_importance(
                 for part in batch.split(IMAGES_AT_ONCE):
                     for note in itertools.chain.from_iterable(notes.values()):
                         note.called = False
-                    model(part.clone().requires_grad_())
+                    # BF16 is exact enough for a weight, and twice as fast where it is computed in.
+                    with torch.autocast(part.device.type, torch.bfloat16, enabled=computes_in_bf16(part.device)):
+                        model(part.clone().requires_grad_())
                     scalar = projected(features, generator)
                     if scalar.requires_grad:
                         scalar.backward()

@@ -49,6 +49,13 @@ def _is_set(flag: str) -> bool:
     return os.environ.get(flag, "false").lower() in ("true", "1")
 
 
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies in BF16 and does not emulate it."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
 def share(items: Sequence[T]) -> list[T]:
     """What of ``items`` is ours: every n-th of n processes, all of it if there is one process.
 

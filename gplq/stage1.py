@@ -26,7 +26,7 @@ from gplq.data import ImageSet, batches, draw
 from gplq.errors import ConfigError, GateError, ModelError, UsageError
 from gplq.lsq import recompute_quantized
 from gplq.pca import Features, fit_pca, pca_loss
-from gplq.processes import are_to_shard, average, device_of, first_says, processes, total
+from gplq.processes import are_to_shard, average, computes_in_bf16, device_of, first_says, processes, total
 from gplq.progress import progress
 from gplq.recipe import Precision, Recipe, Stage1
 from gplq.shard import divide_like, gather, gather_on_first, local, shard
@@ -110,13 +110,7 @@ def teacher_precision(settings: Stage1, device: torch.device) -> Precision:
     """
     if settings.teacher_precision is not None:
         return settings.teacher_precision
-    return "bf16" if settings.precision == "fp32" and _computes_in_bf16(device) else settings.precision
-
-
-def _computes_in_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+    return "bf16" if settings.precision == "fp32" and computes_in_bf16(device) else settings.precision
 
 
 def _autocast(precision: Precision, device: torch.device) -> torch.autocast:

@@ -333,7 +333,7 @@ def test_teacher_says_what_autocast_says_in_half_the_memory(float_model: FloatMo
 def test_teacher_takes_bf16_where_it_is_native(
     changes: dict[str, Any], native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage1, "_computes_in_bf16", lambda _: native)
+    monkeypatch.setattr(stage1, "computes_in_bf16", lambda _: native)
     assert stage1.teacher_precision(fast_recipe(**changes).stage1, torch.device("cpu")) == expected
 
 
