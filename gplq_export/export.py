@@ -342,8 +342,10 @@ def _manifest(checkpoint: Checkpoint, result: ExportResult) -> dict[str, Any]:
         "label_names": checkpoint.label_names,
         "precision": {
             "weights": f"INT{bits.weight_bits} storage; INT{bits.first_last_bits} in the first and last layer",
-            "activations": f"{bits.activation_bits}-bit grid, queries, keys and values {bits.matmul_bits}-bit; carried by "
-            "INT4 or INT8 in the reference, by INT8 in TensorRT",
+            "activations": (
+                f"{bits.activation_bits}-bit grid, queries, keys and values {bits.matmul_bits}-bit; carried by INT4 "
+                "or INT8 in the reference, by INT8 in TensorRT"
+            ),
             "compute": "floating point in the reference; INT8 linears in TensorRT, proven per layer under engines",
         },
         "files": result.files,
