@@ -66,8 +66,8 @@ def calibrate_on(
     quantizers = activation_quantizers(model)
     device = device_of(model)
     weighs = settings.importance == "gradient"
+    data = itertools.islice(data, count)
     if settings.centre or settings.equalize:
-        data = iter(data)
         first = _first(data)
         _arrange(model, lambda: [run(send_to_device(batch, device)) for batch in first], recipe)
         data = itertools.chain(first, data)
@@ -76,7 +76,7 @@ def calibrate_on(
         quantizer.parametrization = recipe.stage1.scale_parametrization
         quantizer.gradient_scale = recipe.stage1.scale_gradient_factor
     with progress(count, "Calibration", "batch") as bar:
-        for batch in itertools.islice(data, count):
+        for batch in data:
             with torch.set_grad_enabled(weighs):
                 found = run(send_to_device(batch, device))
             if weighs and isinstance(found, Tensor) and found.requires_grad and found.numel() == 1:
