@@ -98,6 +98,18 @@ def test_layer_without_a_gradient_is_left_out(model: nn.Module, found: dict[str,
     assert {name for name, _ in quant_layers(model)} - found.keys() == {"head"}  # behind the features
 
 
+def test_bf16_gives_about_the_same_weights(
+    model: nn.Module, images: list[Tensor], found: dict[str, list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importance, "computes_in_bf16", lambda _: True)
+    other = token_importance(model, dict(quant_layers(model)), images, seed=3)
+    assert other.keys() == found.keys()
+    for name, batches in found.items():
+        ours, theirs = torch.cat(other[name]), torch.cat(batches)
+        assert ours.dtype == torch.float32
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.2, name
+
+
 def test_model_is_left_as_it_was(model: nn.Module, found: dict[str, list[Tensor]]) -> None:
     assert found
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
