@@ -10,13 +10,14 @@ import onnx_ir as ir
 import pytest
 import torch
 from check_fixture import check_graph, failed, feed, replaced
+from conftest import fast_recipe, make_model
 from numpy.typing import NDArray
 
 from gplq import stage2
-from gplq.calibrate import calibrate_on
+from gplq.calibrate import calibrate, calibrate_on
 from gplq.checkpoint import Checkpoint, integer_linears
 from gplq.convert import convert
-from gplq.data import Preprocessing, open_images
+from gplq.data import ImageSet, Preprocessing, open_images
 from gplq.errors import PrecisionError
 from gplq.models import ModelSpec
 from gplq.recipe import Recipe
@@ -187,12 +188,20 @@ def test_weights_take_four_bits_and_the_edges_survive_sixteen_bit_sums(
         assert np.array_equal(stored.const_value.numpy().astype(np.int16).T - offset, linear.codes.numpy())
 
 
-def test_only_quantisers_that_can_fall_below_their_grid_are_clamped(dialect: ir.Model) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_only_quantisers_that_can_fall_below_their_grid_are_clamped(
+    bits: int, checkpoint: Checkpoint, train_set: ImageSet
+) -> None:
+    recipe = Recipe.from_dict({**fast_recipe().to_dict(), "matmul_bits": bits, "stage2": {"rounding": "nearest"}})
+    model = convert(make_model(), recipe)
+    calibrate(model, train_set, recipe)
+    stage2.quantize_weights(model, train_set, recipe)
+    dialect = trace(Checkpoint(model, checkpoint.spec, checkpoint.preprocessing, None, recipe, {}))
     clamped = {node.name for node in lower(dialect, Cpu(), {}).graph if node.op_type == "Max"}
     assert "blocks.0.attn.input_quantizer/Max" in clamped
-    assert "blocks.0.attn.qk.b_quantizer/Max" in clamped
+    assert ("blocks.0.attn.qk.b_quantizer/Max" in clamped) == (bits == 4)  # 8 bits: the type's own range
     assert "blocks.0.attn.pv.a_quantizer/Max" not in clamped  # softmax
-    assert "patch_embed.proj.input_quantizer/Max" not in clamped  # 8 bits: the type's own range
+    assert "patch_embed.proj.input_quantizer/Max" not in clamped  # 8 bits
 
 
 def test_reference_file_is_found_to_run_in_floating_point(dialect: ir.Model, file: Callable[..., Path]) -> None:
