@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--out", type=Path, required=True, help="the checkpoint to write, such as model.pt")
     quantize.add_argument("--eval", metavar="DATA", help="test images, if --data has none")
     quantize.add_argument("--eval-images", type=positive, help="measure on so many test images (default: all)")
+    quantize.add_argument(
+        "--class-order",
+        metavar="ORDER",
+        help="of class folders: alphabetical (torchvision), natural (timm's train.py), or a file, one class a line",
+    )
     quantize.add_argument("--skip-bad-images", action="store_true", help=SKIP)
     quantize.add_argument("--recipe", type=Path, help="YAML recipe (default: the paper's; see 'gplq recipe')")
     quantize.add_argument("--arch", help="timm architecture, if MODEL is a weights file")
@@ -139,6 +144,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         eval_data=arguments.eval,
         eval_images=arguments.eval_images,
         bad_images="skip" if arguments.skip_bad_images else "fail",
+        class_order=arguments.class_order,
         force=arguments.force,
     )
     print(f"wrote {arguments.out} ({arguments.out.stat().st_size:,} bytes)")

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from timm.data import DEFAULT_CROP_PCT, create_transform
+from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
@@ -120,12 +122,22 @@ def _listed(numbers: Sequence[float]) -> str:
     return f"({', '.join(f'{number:.9g}' for number in numbers)})"
 
 
+# Pillow converts these to 8 bits by cutting off, not by scaling: nearly every picture becomes white, or black.
+_TOO_WIDE = "{} pixels, whose range nobody knows: convert it to 8 bits a channel"
+WIDE_MODES = {
+    **{mode: _TOO_WIDE.format("16-bit grey") for mode in ("I;16", "I;16L", "I;16B", "I;16N")},
+    "I": _TOO_WIDE.format("16- or 32-bit integer"),
+    "F": _TOO_WIDE.format("floating-point"),
+}
+
+
 class ImageSet(Dataset[tuple[Tensor, int]]):
     """Images with labels; yields (float32 [C, H, W], label). Without labels, every label is -1.
 
     Attributes:
         labels: one for each image.
         classes: class names in label order, or None.
+        orders_classes: the order is that of the names, and not one that the source states.
         source: where the images come from, for messages.
         fingerprint: SHA-256 of what identifies the images: :func:`gplq.sources.fingerprint`, or all of an npz file.
         source_fingerprint: that of the whole source, also of a set that :meth:`head` made.
@@ -135,6 +147,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, found: Found, preprocessing: Preprocessing, bad_images: BadImages = "fail") -> None:
         self.pictures, self.classes, self.source = found.pictures, found.classes, found.source
+        self.orders_classes = found.orders_classes
         self.fingerprint = self.source_fingerprint = found.fingerprint
         self.bad_images = bad_images
         self.rows: Sequence[int] = range(len(found.pictures))
@@ -160,6 +173,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         """An image, float32 [C, H, W], by its number in the whole source."""
         try:
             with self.pictures.open(row) as image:
+                if image.mode in WIDE_MODES:
+                    return BadImage(row, f"{self.pictures.name(row)} has {WIDE_MODES[image.mode]}")
                 tensor: Tensor = self._transform(image.convert(self._mode))
         except Exception as error:  # Pillow's decoders raise nearly every type there is for damaged files
             return BadImage(row, f"cannot read {self.pictures.name(row)}: {error}")
@@ -296,18 +311,29 @@ def open_test_images(
     """
     images = open_images(data, "test", checkpoint.preprocessing, need_labels=need_labels, bad_images=bad_images)
     if need_labels:
-        check_labels(images, checkpoint.spec.num_classes, checkpoint.label_names)
+        # Before there was a --class-order, every folder was in alphabetical order.
+        old = "class_order" not in checkpoint.provenance.get("arguments", {})
+        check_labels(images, checkpoint.spec.num_classes, checkpoint.label_names, order_is_known=old)
     return images.head(limit)
 
 
-def check_labels(images: ImageSet, num_classes: int, label_names: Sequence[str] | None) -> None:
+def check_labels(
+    images: ImageSet, num_classes: int, label_names: Sequence[str] | None, *, order_is_known: bool = False
+) -> None:
     """Make the labels those of the model, or refuse: a wrong class order would look like a broken model.
 
     Classes (folders, say) that are named like the model's labels are matched by name, others by their order, which is
-    only sound if there are as many as the model has classes.
+    only sound if there are as many as the model has classes, and if there is one order: torchvision sorts folders
+    alphabetically (1, 10, 2; Zebra, ant), timm naturally and without regard to case (1, 2, 10; ant, Zebra).
+
+    Args:
+        images: their labels are changed in place.
+        num_classes: of the model.
+        label_names: of the model, if it has names.
+        order_is_known: the alphabetical order is right, even where timm's would be another.
 
     Raises:
-        DataError: the classes do not fit the model.
+        DataError: the classes do not fit the model, or their order is not known.
     """
     known: dict[str, int] = {}
     by_name, limit = False, num_classes
@@ -315,10 +341,17 @@ def check_labels(images: ImageSet, num_classes: int, label_names: Sequence[str] 
         known = {name: index for index, name in enumerate(label_names or [])}
         by_name = all(name in known for name in images.classes)
         if not by_name and len(images.classes) != num_classes:
+            raise DataError(_unmatched(images, num_classes, label_names))
+        twice = sorted(name for name, count in Counter(label_names or []).items() if count > 1)
+        if by_name and list(images.classes) == list(label_names or []):
+            by_name = False  # the very same list: there is nothing to match, and a name may stand for two classes
+        elif by_name and (ambiguous := [name for name in twice if name in images.classes]):
             raise DataError(
-                f"{images.source} has {len(images.classes)} classes, the model {num_classes}: the labels cannot be "
-                "matched. Name the classes (folders) as the model's labels, or give all of them."
+                f"the model has more than one label '{ambiguous[0]}', so that the class of that name in "
+                f"{images.source} cannot be matched. Give the data all {num_classes} classes in the model's order."
             )
+        elif not by_name and not order_is_known:
+            _check_order(images, label_names)
         limit = len(images.classes)
     lowest, highest = min(images.labels), max(images.labels)
     if lowest < 0 or highest >= limit:
@@ -327,6 +360,74 @@ def check_labels(images: ImageSet, num_classes: int, label_names: Sequence[str] 
     if by_name and images.classes is not None:
         images.labels = [known[images.classes[label]] for label in images.labels]
         images.classes = list(label_names or [])  # in label order again, so that a second call changes nothing
+
+
+def _unmatched(images: ImageSet, num_classes: int, label_names: Sequence[str] | None) -> str:
+    classes = images.classes or []
+    sides = f"{images.source} has {len(classes)} classes, the model {num_classes}: the labels cannot be matched."
+    if label_names:
+        ours = [name for name in classes if name not in set(label_names)]
+        theirs = [name for name in label_names if name not in set(classes)]
+        sides += f" Only the data has {_few(ours)}; only the model has {_few(theirs)}."
+    return f"{sides} Name the classes (folders) as the model's labels, or give all of them."
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "none"
+
+
+def _check_order(images: ImageSet, label_names: Sequence[str] | None) -> None:
+    classes = list(images.classes or [])
+    natural = in_order(classes, "natural")
+    if not images.orders_classes or natural == classes:
+        return
+    first = next(index for index, pair in enumerate(zip(classes, natural, strict=True)) if pair[0] != pair[1])
+    names = f" The model's own names ({_few(list(label_names))}) are others." if label_names else ""
+    raise DataError(
+        f"{images.source}: which class is which? In alphabetical order (torchvision) class {first} is "
+        f"'{classes[first]}', in natural order (timm's train.py) '{natural[first]}'.{names} Say how the model was "
+        "trained: gplq quantize --class-order alphabetical, natural, or a FILE with one class a line."
+    )
+
+
+def class_names(images: ImageSet, num_classes: int, order: str) -> list[str]:
+    """The names of a model's labels, from what ``--class-order`` says of a set of class folders.
+
+    Args:
+        images: with class names.
+        num_classes: of the model.
+        order: "alphabetical", "natural", or the path of a text file with one class a line.
+
+    Raises:
+        DataError: the set has no class names, or the file cannot be read, or the two have other classes.
+    """
+    classes = images.classes
+    if classes is None or not images.orders_classes:
+        raise DataError(f"--class-order is about folders of classes; {images.source} numbers its classes itself.")
+    if order in ("alphabetical", "natural"):
+        names = in_order(classes, order)
+    else:
+        try:
+            lines = Path(order).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"--class-order takes alphabetical, natural or a text file with one class a line; cannot read "
+                f"{order}: {error}."
+            ) from error
+        names = [line.strip() for line in lines if line.strip()]
+        missing = [name for name in classes if name not in names]
+        if missing or len(set(names)) != len(names):
+            what = f"lacks {_few(missing)}" if missing else "names a class twice"
+            raise DataError(f"{order} {what}; {images.source} has {len(classes)} classes ({_few(classes)}).")
+    if len(names) != num_classes:
+        raise DataError(f"--class-order {order} gives {len(names)} classes, the model has {num_classes}.")
+    return names
+
+
+def in_order(classes: Sequence[str], order: str) -> list[str]:
+    """Names of folders in the order in which torchvision ("alphabetical") or timm ("natural") numbers them."""
+    return sorted(classes) if order == "alphabetical" else sorted(classes, key=natural_key)
 
 
 def batches(

@@ -128,7 +128,7 @@ def _from_name(name: str, model_args: dict[str, Any], num_classes: int | None) -
         ) from error
     config: dict[str, Any] = model.pretrained_cfg
     spec = ModelSpec(architecture, model_args, model.num_classes if num_classes is None else num_classes)
-    label_names = config.get("label_names") if spec.num_classes else None
+    label_names = _label_names(config.get("label_names"), spec.num_classes, name)
     digest = hashlib.sha256()
     for key, tensor in model.state_dict().items():
         digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
@@ -155,7 +155,8 @@ def _from_folder(folder: Path, extra_args: dict[str, Any], num_classes: int | No
     model = spec.build()
     _load_weights(model, _of_model(spec, model, read_weights(weights_file)), weights_file)
     preprocessing = _preprocessing(model, pretrained)
-    names = config.get("label_names") or pretrained.get("label_names") if spec.num_classes else None
+    found = config.get("label_names") or pretrained.get("label_names")
+    names = None if num_classes == 0 else _label_names(found, spec.num_classes, str(config_file))
     return FloatModel(model, spec, preprocessing, names, str(folder), sha256(weights_file))
 
 
@@ -171,6 +172,32 @@ def _from_file(path: Path, arch: str | None, model_args: dict[str, Any], num_cla
     model = spec.build()
     _load_weights(model, _of_model(spec, model, weights), path)
     return FloatModel(model, spec, _preprocessing(model, {}), None, str(path), sha256(path))
+
+
+def _label_names(found: Any, num_classes: int, where: str) -> list[str] | None:
+    """One name a class, in the order of the classes, from a list or from a dict by index; None if there are none.
+
+    Raises:
+        ModelError: there are more or fewer names than classes, or they cannot be put in order.
+    """
+    if not found or num_classes == 0:
+        return None
+    if isinstance(found, dict):
+        try:
+            by_index = {int(index): name for index, name in found.items()}
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{where}: label_names is a dict whose keys are no class numbers: {error}.") from error
+        if sorted(by_index) != list(range(len(found))):
+            raise ModelError(f"{where}: label_names has classes {sorted(by_index)[:5]} …, not 0 to {len(found) - 1}.")
+        found = [by_index[index] for index in range(len(found))]
+    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+        raise ModelError(f"{where}: label_names must be a list of strings, or a dict of them by class number.")
+    if len(found) != num_classes:
+        raise ModelError(
+            f"{where} names {len(found)} labels ('{found[0]}' … '{found[-1]}'), but the classifier has {num_classes} "
+            "classes: correct label_names, or remove it."
+        )
+    return list(found)
 
 
 def _preprocessing(model: nn.Module, pretrained: dict[str, Any]) -> Preprocessing:

@@ -18,7 +18,7 @@ from gplq import golden, stage1, stage2
 from gplq.calibrate import calibrate, calibrate_on
 from gplq.checkpoint import Checkpoint, read_plain, save_checkpoint, write_plain
 from gplq.convert import convert
-from gplq.data import BadImages, ImageSet, check_labels, open_images
+from gplq.data import BadImages, ImageSet, check_labels, class_names, open_images
 from gplq.errors import CheckpointError, ConfigError, DataError, GateError, UsageError
 from gplq.evaluate import Accuracy, Agreement, Similarity, agreement, similarity, top1
 from gplq.files import atomic_path
@@ -46,6 +46,7 @@ def quantize(
     eval_data: str | Path | None = None,
     eval_images: int | None = None,
     bad_images: BadImages = "fail",
+    class_order: str | None = None,
     force: bool = False,
     say: Say = print,
 ) -> dict[str, Accuracy | Similarity]:
@@ -63,6 +64,9 @@ def quantize(
         eval_data: test images, if ``data`` has none.
         eval_images: measure on this many of them, evenly spread; all if None.
         bad_images: whether an image that cannot be read ends the run ("fail") or is left out ("skip").
+        class_order: how the model numbers class folders that its own label names do not name: "alphabetical" (as
+            torchvision), "natural" (as timm's train.py), or the path of a text file with one class a line. Needed
+            where the orders differ; the names become those of the checkpoint's labels.
         force: overwrite ``out``.
         say: where progress messages go.
 
@@ -81,7 +85,7 @@ def quantize(
         check_output(out, force)
     else:
         say = _say_nothing
-    train_set, test_set = _open_data(source, data, recipe, eval_data, bad_images)
+    train_set, test_set, label_names = _open_data(source, data, recipe, eval_data, bad_images, class_order)
     test_set = test_set.head(eval_images)
     classifies = source.spec.num_classes > 0
     labelled = classifies and (recipe.stage1.task_weight > 0 or eval_data is not None)
@@ -89,7 +93,7 @@ def quantize(
     what = {"top1": "top-1", "agreement": "agreement with FP32", "similarity": "cosine with FP32"}[measured]
 
     run = _Run(out.with_name(f"{out.name}.resume"), _fingerprint(source, train_set, test_set, recipe), say)
-    say(recipe.bits())
+    say(f"bits: {recipe.bits()}")
     results: dict[str, Accuracy | Similarity] = {}
     activations, weights = f"A{recipe.activation_bits}", f"W{recipe.weight_bits}"
     device = processes().device
@@ -145,6 +149,7 @@ def quantize(
             "eval_data": None if eval_data is None else str(eval_data),
             "eval_images": eval_images,
             "bad_images": bad_images,
+            "class_order": class_order,
         },
         "train_data": train_set.to_dict(),
         "test_data": test_set.to_dict(),
@@ -160,7 +165,7 @@ def quantize(
     student.cpu()
     if first:
         provenance["golden"] = golden.record(student, test_set)
-    checkpoint = Checkpoint(student, source.spec, source.preprocessing, source.label_names, recipe, provenance)
+    checkpoint = Checkpoint(student, source.spec, source.preprocessing, label_names, recipe, provenance)
     if first:
         save_checkpoint(checkpoint, out)
     run.finish()
@@ -321,9 +326,14 @@ def _quantize_activations(
 
 
 def _open_data(
-    source: FloatModel, data: str | Path, recipe: Recipe, eval_data: str | Path | None, bad_images: BadImages
-) -> tuple[ImageSet, ImageSet]:
-    """The training and the test images, with labels where the recipe or the measurement needs them."""
+    source: FloatModel,
+    data: str | Path,
+    recipe: Recipe,
+    eval_data: str | Path | None,
+    bad_images: BadImages,
+    class_order: str | None,
+) -> tuple[ImageSet, ImageSet, list[str] | None]:
+    """The training and the test images, with labels where the recipe or the measurement needs them; label names."""
     classifies = source.spec.num_classes > 0
     train_labels = classifies and recipe.stage1.task_weight > 0
     if not classifies and recipe.stage1.enabled and recipe.stage1.task_weight > 0:
@@ -340,12 +350,22 @@ def _open_data(
         if test_labels:
             raise
         test_set = train_set  # how far the models agree can be measured on any images
+    label_names = source.label_names
+    if class_order is not None:
+        labelled = next((images for images, used in ((train_set, train_labels), (test_set, test_labels)) if used), None)
+        if labelled is None:
+            raise UsageError("--class-order has no effect: no labels are read.")
+        if label_names and set(labelled.classes or []) <= set(label_names):
+            raise UsageError(
+                f"--class-order has no effect: the classes of {labelled.source} are matched by the model's own names."
+            )
+        label_names = class_names(labelled, source.spec.num_classes, class_order)
     for images, labels in ((train_set, train_labels), (test_set, test_labels)):
         if labels:
-            check_labels(images, source.spec.num_classes, source.label_names)
+            check_labels(images, source.spec.num_classes, label_names)
     if eval_data is None and test_labels and test_set.fingerprint == train_set.fingerprint:
         raise UsageError(f"{data} has no test images apart from its training images: give some with --eval.")
-    return train_set, test_set
+    return train_set, test_set, label_names
 
 
 def _scalar(loss: object) -> Tensor | None:

@@ -135,6 +135,7 @@ class Found:
         labels: one integer for each; None if they were not asked for.
         classes: class names in label order, if the source has names.
         source: where it is, for messages.
+        orders_classes: the classes are in the order of their names, which the source does not state.
         fingerprint: identifies the images, whether or not their labels were asked for.
     """
 
@@ -143,6 +144,7 @@ class Found:
     classes: list[str] | None
     source: str
     fingerprint: str
+    orders_classes: bool = False
 
 
 def fingerprint(pictures: Pictures, listing: "hashlib._Hash") -> str:
@@ -225,9 +227,17 @@ def open_folder(path: Path, split: str, need_labels: bool) -> Found:
         raise DataError(f"{root} holds no images ({', '.join(IMG_EXTENSIONS)}).{_hint(root)}")
     listing = hashlib.sha256()
     for name in paths:
-        listing.update(f"{Path(name).relative_to(root)} {Path(name).stat().st_size}\n".encode())
+        listing.update(f"{Path(name).relative_to(root)} {_size(name)}\n".encode(errors="surrogateescape"))
     pictures = Files(paths)
-    return Found(pictures, labels, classes, str(root), fingerprint(pictures, listing))
+    return Found(pictures, labels, classes, str(root), fingerprint(pictures, listing), orders_classes=True)
+
+
+def _size(name: str) -> int:
+    """In bytes; -1 of what cannot be asked, such as a link to nowhere: whether that is fatal is decided at its turn."""
+    try:
+        return Path(name).stat().st_size
+    except OSError:
+        return -1
 
 
 def _image_files(root: Path) -> Iterator[str]:

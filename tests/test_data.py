@@ -14,10 +14,21 @@ import pytest
 import torch
 from conftest import CLASSES, Quantised, make_arrays
 from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torchvision.datasets import ImageFolder
 
 from gplq.checkpoint import Checkpoint
 from gplq.cli import main
-from gplq.data import ImageSet, Preprocessing, batches, check_labels, draw, open_images, open_test_images
+from gplq.data import (
+    ImageSet,
+    Preprocessing,
+    batches,
+    check_labels,
+    class_names,
+    draw,
+    open_images,
+    open_test_images,
+)
 from gplq.errors import DataError
 from gplq.evaluate import top1
 from gplq.sources import Files
@@ -450,3 +461,80 @@ def _follow(steps: list[str], image: Image.Image) -> "np.ndarray[Any, np.dtype[n
     mean, std = (np.array(numbers(text)).reshape(-1, 1, 1) for text in (subtract, scale))
     result: np.ndarray[Any, np.dtype[np.float64]] = (tensor - mean) / std
     return result
+
+
+PREPROCESSING = Preprocessing((1, 16, 16), "bilinear", 1.0, "center", (0.5,), (0.25,))
+
+
+@pytest.mark.parametrize(("dtype", "suffix"), [(np.uint16, "png"), (np.int32, "tif"), (np.float32, "tif")])
+def test_pixels_of_more_than_8_bits_are_refused_or_skipped(dtype: Any, suffix: str, image_folder: Path) -> None:
+    # Pillow would make them white or black: chance accuracy, and no word.
+    wide = image_folder / "val" / CLASSES[0] / f"wide.{suffix}"
+    Image.fromarray((np.arange(256).reshape(16, 16) * 200).astype(dtype)).save(wide)
+    images = open_images(str(image_folder), "test", PREPROCESSING)
+    row = next(row for row in range(len(images)) if images.pictures.name(row) == str(wide))
+    with pytest.raises(DataError, match=r"wide\..* has .*(16-bit|32-bit|floating).*convert it to 8 bits"):
+        images[row]
+    images = open_images(str(image_folder), "test", PREPROCESSING, bad_images="skip")
+    assert sum(len(labels) for _, labels in batches(images, 4)) == len(images) - 1
+    assert images.skipped == {row}
+
+
+def numbered(tmp_path: Path, names: list[str]) -> ImageSet:
+    for name in names:
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "folders" / name / "0.png")
+    return open_images(str(tmp_path / "folders"), "train", PREPROCESSING)
+
+
+@pytest.mark.parametrize("names", [["1", "2", "10"], ["ant", "Zebra", "bee"]])
+def test_an_order_that_timm_and_torchvision_see_differently_is_asked_for(names: list[str], tmp_path: Path) -> None:
+    images = numbered(tmp_path, names)
+    with pytest.raises(DataError, match="--class-order alphabetical, natural, or a FILE"):
+        check_labels(images, 3, None)
+    by_timm = ReaderImageFolder(str(tmp_path / "folders")).class_to_idx
+    assert class_names(images, 3, "natural") == sorted(by_timm, key=by_timm.__getitem__)
+    assert class_names(images, 3, "alphabetical") == ImageFolder(str(tmp_path / "folders")).classes
+    check_labels(images, 3, class_names(images, 3, "natural"))
+    found = {Path(images.pictures.name(row)).parent.name: label for row, label in enumerate(images.labels)}
+    assert found == by_timm
+
+
+def test_an_order_from_a_file(tmp_path: Path) -> None:
+    images = numbered(tmp_path, ["1", "2", "10"])
+    order = tmp_path / "order.txt"
+    order.write_text("2\n10\n\n1\n")
+    assert class_names(images, 3, str(order)) == ["2", "10", "1"]
+    for content, what in (("2\n10\n", "lacks '1'"), ("2\n10\n1\n1\n", "names a class twice")):
+        order.write_text(content)
+        with pytest.raises(DataError, match=what):
+            class_names(images, 3, str(order))
+    with pytest.raises(DataError, match="cannot read"):
+        class_names(images, 3, str(tmp_path / "none.txt"))
+
+
+def test_where_there_is_one_order_nothing_is_asked(tmp_path: Path) -> None:
+    images = numbered(tmp_path, ["a", "b", "c"])
+    check_labels(images, 3, None)
+    assert images.labels == [0, 1, 2]
+
+
+def test_two_labels_of_one_name(tmp_path: Path) -> None:
+    images = numbered(tmp_path, ["crane", "hen", "owl"])
+    with pytest.raises(DataError, match="more than one label 'crane'"):
+        check_labels(images, 4, ["crane", "hen", "crane", "owl"])
+    images.labels, images.classes = [0, 1, 2], ["crane", "hen", "crane"]  # as a shard's classes.json may say
+    check_labels(images, 3, ["crane", "hen", "crane"])
+    assert images.labels == [0, 1, 2]
+
+
+def test_both_sides_of_classes_that_do_not_match_are_shown(tmp_path: Path) -> None:
+    images = numbered(tmp_path, ["cat", "dog"])
+    with pytest.raises(DataError, match="Only the data has 'dog'; only the model has 'hen', 'owl'"):
+        check_labels(images, 3, ["cat", "hen", "owl"])
+
+
+def test_a_link_to_nowhere_is_a_bad_image(image_folder: Path) -> None:
+    (image_folder / "val" / CLASSES[0] / "gone.png").symlink_to("/nowhere/x.png")
+    images = open_images(str(image_folder), "test", PREPROCESSING, bad_images="skip")
+    assert sum(len(labels) for _, labels in batches(images, 4)) == len(images) - 1

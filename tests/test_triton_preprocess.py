@@ -62,13 +62,22 @@ def test_same_bits_for_every_way_to_store_a_picture() -> None:
         ("1", "PNG"),
         ("LA", "PNG"),
         ("CMYK", "JPEG"),
-        ("I;16", "PNG"),
     ):
         buffer = io.BytesIO()
-        (picture.convert("I").convert("I;16") if mode == "I;16" else picture.convert(mode)).save(buffer, file_format)
+        picture.convert(mode).save(buffer, file_format)
         with Image.open(buffer) as image:
             expected = transform(image.convert("RGB")).numpy()
         np.testing.assert_array_equal(served()(buffer.getvalue()), expected, err_msg=f"{mode} {file_format}")
+
+
+@pytest.mark.parametrize(("mode", "file_format"), [("I;16", "PNG"), ("I", "TIFF"), ("F", "TIFF")])
+def test_pixels_of_more_than_8_bits_are_refused(mode: str, file_format: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(
+        (np.arange(64).reshape(8, 8) * 900).astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
+    ).save(buffer, file_format)
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        served()(buffer.getvalue())
 
 
 def test_a_picture_too_large_is_refused_before_it_is_decoded() -> None:

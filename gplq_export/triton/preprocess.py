@@ -45,6 +45,8 @@ class Preprocess:
             raise ValueError(f"it is none of {', '.join(FORMATS)}") from error
         with file:
             _check_size(file.height, file.width)
+            if file.mode in ("I", "F") or file.mode.startswith("I;16"):  # Pillow cuts them off: white or black
+                raise ValueError(f"its pixels have more than 8 bits (Pillow's mode {file.mode}): convert it to 8")
             image = file.convert(self.mode)
         image = self._crop(self._resize(image))
         pixels = np.asarray(image, np.float32) / np.float32(255)
