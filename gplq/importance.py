@@ -17,6 +17,7 @@ from gplq.convert import QuantLayer
 from gplq.layers import QuantAttention, QuantConv, QuantPatchConv
 from gplq.pca import Features
 from gplq.processes import computes_in_bf16
+from gplq.progress import progress
 
 # Images at a time where a backward pass follows: memory.
 IMAGES_AT_ONCE = 16
@@ -44,7 +45,7 @@ def projected(features: Features, generator: torch.Generator) -> Tensor:
 
 
 def token_importance(
-    model: nn.Module, layers: dict[str, QuantLayer], images: Iterable[Tensor], seed: int
+    model: nn.Module, layers: dict[str, QuantLayer], images: Iterable[Tensor], seed: int, count: int | None = None
 ) -> dict[str, list[Tensor]]:
     """For each layer that has a gradient, the weight of each row of its output, batch by batch.
 
@@ -53,6 +54,7 @@ def token_importance(
         layers: by name; of an attention the rows of queries, keys and values are averaged.
         images: batches [B, C, H, W] on the model's device.
         seed: of the random projections.
+        count: of the images, if it is known, for the progress bar.
 
     Returns:
         By name: for each batch float32 [rows] on the CPU, of mean 1.1; rows are tokens, or a
@@ -67,7 +69,12 @@ def token_importance(
         handles += [output.register_forward_hook(note) for note, output in zip(notes[name], outputs, strict=True)]
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
     try:
-        with torch.enable_grad(), fixed_parameters(model), Features(model) as features:
+        with (
+            torch.enable_grad(),
+            fixed_parameters(model),
+            Features(model) as features,
+            progress(count, "Importance of tokens", "image") as bar,
+        ):
             for batch in images:
                 for part in batch.split(IMAGES_AT_ONCE):
                     for note in itertools.chain.from_iterable(notes.values()):
@@ -78,6 +85,7 @@ def token_importance(
                     scalar = projected(features, generator)
                     if scalar.requires_grad:
                         scalar.backward()
+                    bar.update(len(part))
                 for name, parts in notes.items():
                     found[name] += _together([note.take() for note in parts])
     finally:

@@ -7,8 +7,8 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(total: int, what: str, unit: str, initial: int = 0) -> "tqdm[Any]":
-    """A progress bar on standard error; use it as a context manager."""
+def progress(total: int | None, what: str, unit: str, initial: int = 0) -> "tqdm[Any]":
+    """A progress bar on standard error, without an ETA if ``total`` is None; use it as a context manager."""
     live = sys.stderr.isatty()
     return tqdm(
         total=total,

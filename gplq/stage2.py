@@ -166,7 +166,8 @@ class _Stage2:
         self.importance: dict[str, list[Tensor]] = {}
         if self.settings.importance == "gradient":
             owners = {name: layer for name, layer in quant_layers(reference) if name in inner}
-            self.importance = token_importance(reference, owners, load(), recipe.seed)
+            count = len(images.chosen) if isinstance(images, _Drawn) else None
+            self.importance = token_importance(reference, owners, load(), recipe.seed, count)
 
     def freeze_step(self, step: str) -> BlockReport:
         """Freeze the layers of a step, one after the other, then the step as a whole; go on to the next one."""
