@@ -30,7 +30,7 @@ def test_quantise_then_measure(
     output = capsys.readouterr().out
     assert [name in output for name in ("FP32 ", "W32A4 ", "W4A4 ", f"wrote {out}")] == [True] * 4
     assert listing(out.parent) == ["model.pt"]
-    line = next(line for line in output.splitlines() if line.startswith("W4A4"))
+    line = next(line for line in output.splitlines() if line.startswith("W4A4 "))
     assert main(["eval", str(out), "--data", str(npz_file)]) == 0
     assert capsys.readouterr().out.split("top-1")[1] == line.split("top-1")[1] + "\n"
 
