@@ -203,8 +203,8 @@ def _percent(found: Accuracy | Similarity) -> float:
 
 
 _ADVICE = (
-    "More training images or epochs (stage1.max_images, stage1.epochs) bring it closer; activation_bits: 8 "
-    "(recipes/w4a8.yaml) does at once, and costs nothing where INT8 multiplies. The limits are the recipe's."
+    "More training images or epochs (stage1.max_images, stage1.epochs) bring it closer; so does "
+    "activation_bits: 8 (recipes/w4a8.yaml), at no cost where INT8 multiplies. The limits are the recipe's."
 )
 
 
