@@ -14,13 +14,14 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from gplq.data import ImageSet, batches, draw
-from gplq.importance import IMAGES_AT_ONCE, fixed_parameters, projected
+from gplq.importance import IMAGES_AT_ONCE, projected
 from gplq.layers import QuantAttention
 from gplq.lsq import ActivationQuantizer
 from gplq.pca import Features
 from gplq.processes import device_of, share, total
 from gplq.progress import progress
 from gplq.recipe import Recipe
+from gplq.survey import frozen_parameters
 
 # Images of the statistics that centring and equalising need.
 _FIRST_IMAGES = 64
@@ -45,7 +46,7 @@ def calibrate(model: nn.Module, images: ImageSet, recipe: Recipe, batch_size: in
     indices = share(draw(len(images), recipe.calibration.images, recipe.seed))
     count = math.ceil(len(indices) / batch_size)
     generator = torch.Generator().manual_seed(recipe.seed)
-    with Features(model) as features, fixed_parameters(model):
+    with Features(model) as features, frozen_parameters(model):
 
         def run(batch: tuple[Tensor, Tensor]) -> Tensor:
             model(batch[0].clone().requires_grad_() if weighs else batch[0])

@@ -7,8 +7,7 @@ matrix (Fisher's, for the features' squared error).
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +17,12 @@ from gplq.layers import QuantAttention, QuantConv, QuantPatchConv
 from gplq.pca import Features
 from gplq.processes import computes_in_bf16
 from gplq.progress import progress
+from gplq.survey import frozen_parameters
 
 # Images at a time where a backward pass follows: memory.
 IMAGES_AT_ONCE = 16
 # What a token counts at least, as a share of the mean: those that matter alone do not fill a Hessian.
 _LEAST = 0.1
-
-
-@contextmanager
-def fixed_parameters(model: nn.Module) -> Iterator[None]:
-    """Within the block no parameter requires a gradient: what a backward pass needs then is half as large."""
-    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in required:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in required:
-            parameter.requires_grad_(True)
 
 
 def projected(features: Features, generator: torch.Generator) -> Tensor:
@@ -71,7 +58,7 @@ def token_importance(
     try:
         with (
             torch.enable_grad(),
-            fixed_parameters(model),
+            frozen_parameters(model),
             Features(model) as features,
             progress(count, "Importance of tokens", "image") as bar,
         ):

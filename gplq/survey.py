@@ -82,7 +82,7 @@ def survey(model: nn.Module, image_size: tuple[int, int, int]) -> Survey:
     tensor = next(model.parameters())
     images = torch.rand(2, *image_size, device=tensor.device, dtype=tensor.dtype)
     recorder = _Recorder(model)
-    with _frozen_parameters(model), recorder.watching(), torch.enable_grad():
+    with frozen_parameters(model), recorder.watching(), torch.enable_grad():
         model(images.requires_grad_())
     return recorder.seen
 
@@ -99,16 +99,8 @@ class _Recorder(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Install the mode and a hook on every module."""
-        handles = []
-        for module in self.model.modules():
-            handles.append(module.register_forward_pre_hook(self._enter))
-            handles.append(module.register_forward_hook(self._leave, always_call=True))
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(self.model, self._enter, self._leave), self:
+            yield
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         name = self.names[id(module)]
@@ -187,7 +179,22 @@ def bind_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tu
 
 
 @contextmanager
-def _frozen_parameters(model: nn.Module) -> Iterator[None]:
+def hooked(model: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+    """Within the block every module calls ``enter`` before it runs and ``leave`` after it, even if it fails."""
+    handles = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """Within the block no parameter requires a gradient: a backward pass then keeps half as much."""
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in required:
         parameter.requires_grad_(False)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gplq.survey import ATTENTION, MATMULS, bind_linear, operands
+from gplq.survey import ATTENTION, MATMULS, bind_linear, hooked, operands
 
 # Indices have been through a few multiplications in FP64, or are garbled altogether.
 _EXACT = 1e-3
@@ -98,16 +98,8 @@ class _Indices(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Install the mode and a hook on every module."""
-        handles = []
-        for module in self.model.modules():
-            handles.append(module.register_forward_pre_hook(self._enter))
-            handles.append(module.register_forward_hook(self._leave))
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(self.model, self._enter, self._leave), self:
+            yield
 
     def _enter(self, module: nn.Module, _: Any) -> None:
         self.stack.append(module)

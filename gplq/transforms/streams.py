@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gplq.fold import norm_channels
-from gplq.survey import bind_linear
+from gplq.survey import bind_linear, hooked
 from gplq.transforms.orthogonal import reflect
 
 # Two results in FP64 that differ by more than this share of the largest value are two. Sums in another order differ by
@@ -117,16 +117,8 @@ class _Watch(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Install the mode and a hook on every module."""
-        handles = []
-        for module in self.model.modules():
-            handles.append(module.register_forward_pre_hook(self._enter))
-            handles.append(module.register_forward_hook(self._leave))
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(self.model, self._enter, self._leave), self:
+            yield
 
     def pin(self, tensor: Any, reason: str) -> None:
         """Note that the basis of a tensor's stream cannot change."""
