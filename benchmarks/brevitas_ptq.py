@@ -29,7 +29,7 @@ from typing import Any
 
 import brevitas.nn as qnn
 import torch
-from accuracy import _value, compare
+from accuracy import compare, model_arguments
 from brevitas.core.scaling.standalone import ParameterFromStatsFromParameterScaling
 from brevitas.graph.calibrate import bias_correction_mode, calibration_mode
 from brevitas.graph.equalize import activation_equalization_mode
@@ -224,8 +224,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the result: DATE-brevitas-NAME.json")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
-    model_args = {key: _value(value) for key, _, value in (text.partition("=") for text in arguments.model_arg)}
-    source = load_model(arguments.model, arch=arguments.arch, model_args=model_args)
+    source = load_model(arguments.model, arch=arguments.arch, model_args=model_arguments(arguments.model_arg))
     train = open_images(arguments.data, "train", source.preprocessing)
     order = draw(len(train), len(train), arguments.seed)
     used = order[: arguments.calibration_images]
@@ -254,8 +253,7 @@ def main() -> None:
     row = {
         "settings": settings,
         "seconds": round(seconds, 1),
-        **compare(logits, reference, labels),
-        "kl_standard_error": round(standard_error_of_kl(logits, reference), 5),
+        **compare((logits, vectors), (reference, targets), labels),
         "features": Similarity.of(len(cosines), float(cosines.sum()), float(cosines.square().sum())).to_dict(),
     }
     path = arguments.out / f"{datetime.now(UTC):%Y-%m-%d}-brevitas-{arguments.name}.json"
@@ -269,13 +267,6 @@ def main() -> None:
     write_json(path, {"schema_version": "1.0", **head, "rows": rows})
     shown = ("top1", "minus_fp32", "kl", "kl_standard_error", "features", "seconds")
     print(f"{name}: " + json.dumps({key: row[key] for key in shown}), flush=True)
-
-
-def standard_error_of_kl(logits: Tensor, reference: Tensor) -> float:
-    """Of the mean over images of the divergence from the float model."""
-    ours, theirs = logits.double().log_softmax(1), reference.double().log_softmax(1)
-    each = (theirs.exp() * (theirs - ours)).sum(1)
-    return float(each.std()) / len(each) ** 0.5
 
 
 if __name__ == "__main__":
