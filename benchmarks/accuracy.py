@@ -35,16 +35,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gplq import Recipe, fold, load_model, rounding, stage1, stage2
-from gplq.calibrate import calibrate
+from gplq.calibrate import activation_quantizers, calibrate
 from gplq.convert import convert
 from gplq.data import ImageSet, batches, check_labels, open_images
 from gplq.evaluate import Accuracy
 from gplq.files import write_json
 from gplq.models import FloatModel
 from gplq.pca import Features
+from gplq.pipeline import prepared
 from gplq.progress import progress
 from gplq.provenance import environment
-from gplq.transforms.rotate import rotate
 
 
 @torch.inference_mode()
@@ -111,13 +111,6 @@ class Bench:
         self.rows: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() else {}
         self.students: dict[str, tuple[nn.Module, dict[str, Any], tuple[Tensor, Tensor]]] = {}
 
-    def float_model(self, recipe: Recipe) -> nn.Module:
-        """What is quantised, and teaches; its features are the reference of those of its students."""
-        model = copy.deepcopy(self.source.model)
-        if recipe.calibration.rotate:
-            print(rotate(model, self.source.preprocessing.input_size, seed=recipe.seed), flush=True)
-        return model
-
     def measure(self, model: nn.Module, reference: tuple[Tensor, Tensor]) -> dict[str, Any]:
         """Of a model on the test images."""
         return compare(outputs_of(model, self.test), reference, self.labels)
@@ -134,11 +127,11 @@ class Bench:
 
     def _train(self, recipe: Recipe) -> tuple[nn.Module, dict[str, Any], tuple[Tensor, Tensor]]:
         begin = time.monotonic()
-        teacher = self.float_model(recipe)
+        teacher, rotation = prepared(self.source, recipe)
         student = convert(copy.deepcopy(teacher), recipe)
         calibrate(student, self.train, recipe)
         seconds = time.monotonic() - begin
-        reference = outputs_of(teacher, self.test) if recipe.calibration.rotate else self.reference
+        reference = self.reference if rotation is None else outputs_of(teacher, self.test)
         calibrated = self.measure(student, reference)
         result: dict[str, Any] = {"calibration_seconds": round(seconds, 1), "calibrated": calibrated}
         print(f"calibrated {_line(calibrated)}", flush=True)
@@ -147,6 +140,14 @@ class Bench:
             stage1.train(student, teacher, self.train, recipe, None, lambda _: None)
             result["stage1_seconds"] = round(time.monotonic() - begin, 1)
             result["weight_change"] = weight_change(before, student)
+            quantizers = activation_quantizers(student).values()
+            for quantizer in quantizers:
+                quantizer.mode = "float"
+            few = self.test.head(2000)  # whether the weights are still in their basin shows on a part as well
+            labels = torch.as_tensor(list(few.labels))
+            result["fp32_inside"] = compare(outputs_of(student, few), outputs_of(teacher, few), labels)
+            for quantizer in quantizers:
+                quantizer.mode = "quantize"
         result["w32"] = self.measure(student, reference) if recipe.stage1.enabled else calibrated
         return student, result, reference
 

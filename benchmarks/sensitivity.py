@@ -28,8 +28,8 @@ from gplq.convert import convert
 from gplq.data import ImageSet, batches, draw, open_images
 from gplq.files import write_json
 from gplq.lsq import ActivationQuantizer
+from gplq.pipeline import prepared
 from gplq.provenance import environment
-from gplq.transforms.rotate import rotate
 
 
 def place(name: str) -> tuple[str, str]:
@@ -126,9 +126,7 @@ def main() -> None:
     unseen.rows = [images.rows[i] for i in order[-arguments.images :]]
     unseen.labels = [images.labels[i] for i in order[-arguments.images :]]
 
-    teacher = copy.deepcopy(source.model)
-    if recipe.calibration.rotate:
-        print(rotate(teacher, source.preprocessing.input_size, seed=recipe.seed))
+    teacher, _ = prepared(source, recipe)
     model = convert(copy.deepcopy(teacher), recipe)
     inputs, _ = next(iter(batches(unseen, 16)))
     uneven = peaks(model, activation_quantizers(model), inputs)

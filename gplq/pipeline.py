@@ -27,7 +27,7 @@ from gplq.processes import processes
 from gplq.provenance import environment
 from gplq.recipe import Recipe
 from gplq.stage1 import Loss, micro_batch_size
-from gplq.transforms.rotate import rotate
+from gplq.transforms.rotate import Rotation, rotate
 
 Say = Callable[[str], None]
 
@@ -95,15 +95,12 @@ def quantize(
     run = _Run(out.with_name(f"{out.name}.resume"), _fingerprint(source, train_set, test_set, recipe), say)
     say(f"bits: {recipe.bits()}")
     results: dict[str, Accuracy | Similarity] = {}
-    activations, weights = f"A{recipe.activation_bits}", f"W{recipe.weight_bits}"
+    activations = f"A{recipe.activation_bits}"
+    quantised = f"W{recipe.weight_bits}{activations}"
     device = processes().device
 
-    # What is quantised, and what teaches: the same function as the source, on other bases. The teacher must be the
-    # rotated one: features that are pulled back to the unrotated ones' basis destroy the network.
-    teacher, rotation = source.model, None
-    if recipe.calibration.rotate:
-        teacher = copy.deepcopy(source.model)
-        rotation = rotate(teacher, source.preprocessing.input_size, seed=recipe.seed)
+    teacher, rotation = prepared(source, recipe)
+    if rotation is not None:
         say(str(rotation))
 
     def reference() -> nn.Module:
@@ -138,8 +135,8 @@ def quantize(
     reports = stage2.quantize_weights(student, train_set, recipe)
     for report in reports:
         say(str(report))
-    measure(f"{weights}{activations}", student)
-    final = closeness(f"{weights}{activations}")
+    measure(quantised, student)
+    final = closeness(quantised)
     provenance = {
         **environment(),
         "source": source.source,
@@ -170,12 +167,22 @@ def quantize(
         save_checkpoint(checkpoint, out)
     run.finish()
     processes().wait_for_everyone()
-    name = f"{weights}{activations}"
     # With labels of its own a network may leave the float model behind: what is as accurate is not lost.
-    as_good = labelled and _percent(results[name]) >= _percent(results["FP32"]) - _NOISE_POINTS
+    as_good = labelled and _percent(results[quantised]) >= _percent(results["FP32"]) - _NOISE_POINTS
     if not as_good and (why := too_far(final, recipe)):
         raise GateError(f"the quantised model is not close to the float model: {why}. {out} is kept. {_ADVICE}")
     return results
+
+
+def prepared(source: FloatModel, recipe: Recipe) -> tuple[nn.Module, Rotation | None]:
+    """What is quantised and what teaches: the source itself, or a copy of it on other bases, as the recipe wants.
+
+    They must be the same: features that are pulled back to the basis of before the rotation destroy the network.
+    """
+    if not recipe.calibration.rotate:
+        return source.model, None
+    model = copy.deepcopy(source.model)
+    return model, rotate(model, source.preprocessing.input_size, seed=recipe.seed)
 
 
 def too_far(found: Accuracy | Similarity, recipe: Recipe) -> str | None:
