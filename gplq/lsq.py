@@ -256,8 +256,8 @@ class ActivationQuantizer(nn.Module):
         self.raw_scale = nn.Parameter(torch.zeros(()))
         self._low: Tensor | None = None
         self._high: Tensor | None = None
-        self._samples: list[Tensor] = []
-        self._importance: list[Tensor | None] = []
+        # Of each batch: rows [R, C], and the importance [R, C] of each value once a backward pass has come by.
+        self._samples: list[tuple[Tensor, Tensor | None]] = []
         self._batches = 1
         self._probabilities = True  # until something else is observed
 
@@ -319,8 +319,7 @@ class ActivationQuantizer(nn.Module):
             x.register_hook(functools.partial(self._weigh, len(self._samples), values, keep, generator))
         if rows.shape[0] > keep:
             rows = rows[torch.randint(rows.shape[0], (keep,), generator=generator).to(rows.device)]
-        self._samples.append(rows.clone())
-        self._importance.append(None)
+        self._samples.append((rows.clone(), None))
         return x
 
     def _weigh(self, index: int, x: Tensor, keep: int, generator: torch.Generator, gradient: Tensor) -> None:
@@ -331,7 +330,7 @@ class ActivationQuantizer(nn.Module):
         """
         if index >= len(self._samples):
             return  # calibrate() has been called meanwhile
-        width = self._samples[index].shape[1]
+        width = self._samples[index][0].shape[1]
         rows, weight = x.reshape(-1, width).float(), gradient.detach().reshape(-1, width).float().abs()
         sizes = weight.double().sum(1)
         if float(sizes.sum()) <= 0:
@@ -341,7 +340,7 @@ class ActivationQuantizer(nn.Module):
             places = (torch.arange(keep, dtype=torch.float64) + torch.rand(keep, generator=generator)) / keep
             chosen = torch.searchsorted(density.cumsum(0), places.to(density.device)).clamp(max=len(rows) - 1)
             rows, weight = rows[chosen], weight[chosen] / (density[chosen, None] * len(rows)).float()
-        self._samples[index], self._importance[index] = rows.clone(), weight
+        self._samples[index] = rows.clone(), weight
 
     @torch.no_grad()
     def calibrate(self, method: str, percentile: float) -> None:
@@ -359,13 +358,11 @@ class ActivationQuantizer(nn.Module):
         """
         if self._low is None or self._high is None:
             raise RuntimeError("calibrate() before anything was observed")
-        pairs = list(zip(self._samples, self._importance, strict=True))
-        if any(weight is not None for _, weight in pairs):  # the others are of batches in which nothing mattered
-            pairs = [(rows, weight) for rows, weight in pairs if weight is not None]
-        importance = (
-            None if pairs[0][1] is None else torch.cat([weight for _, weight in pairs if weight is not None]).cpu()
-        )
-        ours = self._low.cpu(), self._high.cpu(), torch.cat([rows for rows, _ in pairs]).cpu(), importance
+        weighted = [(rows, weight) for rows, weight in self._samples if weight is not None]
+        # Of a batch without weights among others nothing mattered.
+        sample = torch.cat([rows for rows, _ in weighted or self._samples])
+        importance = torch.cat([weight for _, weight in weighted]).cpu() if weighted else None
+        ours = self._low.cpu(), self._high.cpu(), sample.cpu(), importance
         lows, highs, samples, weights = zip(*gather_object([ours]), strict=True)
         low, high, sample = torch.stack(lows).amin(0), torch.stack(highs).amax(0), torch.cat(samples)
         weight = None if any(part is None for part in weights) else torch.cat(weights)
@@ -396,7 +393,7 @@ class ActivationQuantizer(nn.Module):
         self.set_scale(scale if self.per_channel else scale.reshape(()))
         self.raw_scale.requires_grad_(not full)
         self._low = self._high = None
-        self._samples, self._importance = [], []
+        self._samples = []
         self.mode = "quantize"
 
 
@@ -409,8 +406,11 @@ def _sums_to_one(x: Tensor) -> bool:
 def best_scale(rows: Tensor, largest: Tensor, bits: int, signed: bool, weight: Tensor | None = None) -> Tensor:
     """Per column, the scale in 2 … 100 % of ``largest`` with the least (weighted) squared error.
 
-    ``rows``: [R, C]; ``largest``: [C]; ``weight``: [R, 1] or [R, C], the importance of each value. Returns [C].
+    ``rows``: [R, C]; ``largest``: [C]; ``weight``: [R, 1] or [R, C], the importance of each value. A column in which
+    nothing matters counts all values alike. Returns [C].
     """
+    if weight is not None:
+        weight = torch.where(weight.sum(0) > 0, weight, torch.ones_like(weight))
     best, best_error = largest, torch.full_like(largest, torch.inf)
     for share in torch.logspace(math.log10(_SMALLEST_SHARE), 0, _SHARES).tolist():
         scale = largest * share

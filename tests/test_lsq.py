@@ -139,7 +139,7 @@ def test_an_observer_keeps_as_many_rows_whatever_the_width_and_the_number_of_bat
         quantizer.observe(batches)
         for _ in range(batches):
             quantizer(torch.ones(3000, channels, requires_grad=True)).sum().backward()
-        for kept in (quantizer._samples, quantizer._importance):
+        for kept in zip(*quantizer._samples, strict=True):
             rows = sum(len(part) for part in kept if part is not None)
             assert lsq.SAMPLE_ROWS <= rows <= lsq.SAMPLE_ROWS + batches
 
@@ -159,6 +159,15 @@ def test_ranges_stay_if_the_images_are_doubled(channels: int) -> None:
     change = (scale(8) / scale(4)).log().abs()
     assert float(change.median()) < 0.05
     assert float(change.max()) < 0.15
+
+
+def test_a_channel_in_which_nothing_matters_is_calibrated_as_without_importance() -> None:
+    rows = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    weight = torch.stack([torch.ones(500), torch.zeros(500)], 1)
+
+    scale = lsq.best_scale(rows, rows.abs().amax(0) / 7, 4, signed=True, weight=weight)
+
+    assert torch.equal(scale, lsq.best_scale(rows, rows.abs().amax(0) / 7, 4, signed=True))
 
 
 def test_importance_decides_which_values_a_scale_serves() -> None:
@@ -215,7 +224,7 @@ def weighted_error(x: Tensor, gradient: Tensor, scale: Any) -> Any:
 def test_sample_meets_the_rare_rows_that_matter(class_tokens: tuple[Tensor, Tensor]) -> None:
     x, gradient = class_tokens
     quantizer = observed(x, gradient)
-    sample = torch.cat(quantizer._samples)
+    sample = torch.cat([rows for rows, _ in quantizer._samples])
     # Drawn alike, one row in 257 would be a class token: 16 of 4096.
     assert int((sample.abs().amax(1) > 6).sum()) > 1000
     quantizer.calibrate("mse", 1.0)
@@ -236,7 +245,7 @@ def test_gradient_beside_a_quantiser_is_not_its_importance() -> None:
     quantizer.observe(1)
     stream = x.clone().requires_grad_() * 1
     (quantizer(stream) * matter + 100 * stream).sum().backward()
-    (weight,) = quantizer._importance
+    ((_, weight),) = quantizer._samples
     assert weight is not None
     torch.testing.assert_close(weight, matter.abs())
 
@@ -245,7 +254,7 @@ def test_weights_of_a_sample_undo_how_it_was_drawn(class_tokens: tuple[Tensor, T
     x, gradient = class_tokens
     gradient[:, :, 1:] *= 30  # so that both kinds of rows count
     quantizer = observed(x, gradient)
-    sample, weight = (torch.cat(parts).double().numpy() for parts in (quantizer._samples, quantizer._importance))  # type: ignore[arg-type]
+    sample, weight = (torch.cat(parts).double().numpy() for parts in zip(*quantizer._samples, strict=True))  # type: ignore[arg-type]
     assert len(sample) == lsq.SAMPLE_ROWS
     for scale in (0.2, 0.8, 2.0):
         error = (reference.quantize(sample, np.array(scale), 4, signed=True) * scale - sample) ** 2
