@@ -206,13 +206,15 @@ class _QuantizerFactory:
             recipe.weight_bits,
             recipe.first_last_bits,
         )
-        self.matmul_bits = recipe.matmul_bits
+        self.matmul_bits = recipe.matmul_bits if recipe.quantizes_products() else None
         self.softmax_bits, self.softmax_scale = recipe.softmax_bits, recipe.softmax_scale
         self.per_channel = recipe.stage1.granularity == "per_channel"
         self.shift = recipe.calibration.shift
 
-    def operand(self, signed: bool | None) -> ActivationQuantizer:
-        """For a factor of a product: one scale."""
+    def operand(self, signed: bool | None) -> nn.Module:
+        """For a factor of a product: one scale; or nothing, if the recipe leaves products in floating point."""
+        if self.matmul_bits is None:
+            return nn.Identity()
         quantizer = ActivationQuantizer(self.matmul_bits, signed, per_channel=False, kind="matmul")
         quantizer.softmax_bits, quantizer.softmax_scale = self.softmax_bits, self.softmax_scale
         return quantizer

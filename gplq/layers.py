@@ -33,8 +33,9 @@ from gplq.lsq import ActivationQuantizer, recomputed, shifted
 from gplq.ops import Codes
 from gplq.survey import ATTENTION, MATMULS, bind_linear, operands
 
-# Makes the quantiser of a product's operand: signed, unsigned, or None if calibration is to find out.
-OperandFactory = Callable[[bool | None], ActivationQuantizer]
+# Makes the quantiser of a product's operand: signed, unsigned, or None if calibration is to find out. Where products
+# stay in floating point it is an identity.
+OperandFactory = Callable[[bool | None], nn.Module]
 
 
 class QuantLinear(nn.Module):
@@ -71,7 +72,7 @@ class QuantLinear(nn.Module):
 
 
 class QuantMatMul(nn.Module):
-    """A matmul of two quantised activations. [..., M, K] @ [..., K, N] -> [..., M, N]."""
+    """A matmul of two activations, quantised or as they are. [..., M, K] @ [..., K, N] -> [..., M, N]."""
 
     def __init__(self, a_quantizer: nn.Module, b_quantizer: nn.Module) -> None:
         super().__init__()

@@ -21,6 +21,9 @@ Granularity = Literal["per_channel", "per_tensor"]
 PAPER_LEARNING_RATES = {128: 5e-6, 64: 2.5e-6, 32: 1e-6, 16: 1e-6}
 
 
+# Of an operand without codes.
+FLOAT_BITS = 16
+
 # What a recipe of before 2026-11-29 meant without naming it.
 _BEFORE: dict[str, dict[str, Any]] = {
     "calibration": {"rotate": False, "importance": "none", "centre": False},
@@ -143,7 +146,11 @@ class Recipe(_Section):
     weight_bits: int = Field(4, ge=2, le=8)
     activation_bits: int = Field(4, ge=2, le=8)
     matmul_bits: int = Field(
-        8, ge=2, le=8, description="queries, keys and values: engines multiply them in INT8 whatever their bits"
+        8,
+        ge=2,
+        le=16,
+        description="queries, keys and values: engines multiply them in INT8 whatever their bits; "
+        "16: products of activations stay in floating point",
     )
     first_last_bits: int = Field(8, ge=4, le=8, description="patch embedding and classifier, weights and inputs")
     softmax_bits: int = Field(
@@ -163,10 +170,21 @@ class Recipe(_Section):
         >>> Recipe().bits()
         'W4A4: queries, keys and values 8 bits, attention probabilities 7, first and last layer 8'
         """
-        return (
-            f"W{self.weight_bits}A{self.activation_bits}: queries, keys and values {self.matmul_bits} bits, attention "
-            f"probabilities {self.softmax_bits}, first and last layer {self.first_last_bits}"
-        )
+        products = f"queries, keys and values {self.matmul_bits} bits, attention probabilities {self.softmax_bits}"
+        if not self.quantizes_products():
+            products = "attention's products in floating point"
+        return f"W{self.weight_bits}A{self.activation_bits}: {products}, first and last layer {self.first_last_bits}"
+
+    def quantizes_products(self) -> bool:
+        """Whether the operands of products of activations get codes; if not, ``softmax_bits`` has nothing to say."""
+        return self.matmul_bits != FLOAT_BITS
+
+    @pydantic.field_validator("matmul_bits")
+    @classmethod
+    def _codes_or_float(cls, bits: int) -> int:
+        if 8 < bits < FLOAT_BITS:
+            raise ValueError("codes have 2 to 8 bits; 16 means none, in floating point")
+        return bits
 
     @classmethod
     def from_yaml(cls, path: Path) -> "Recipe":

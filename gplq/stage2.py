@@ -221,9 +221,10 @@ class _Stage2:
         for name, product in self.model.get_submodule(step).named_modules(prefix=step):
             if isinstance(product, QuantMatMul):
                 for operand in ("a_quantizer", "b_quantizer"):
-                    quantizer: Any = getattr(product, operand)
-                    scale = quantizer.scale.detach()
-                    setattr(product, operand, self._frozen(quantizer, scale, None, f"{name}.{operand}"))
+                    quantizer = getattr(product, operand)
+                    if isinstance(quantizer, ActivationQuantizer):  # else the product stays in floating point
+                        scale = quantizer.scale.detach()
+                        setattr(product, operand, self._frozen(quantizer, scale, None, f"{name}.{operand}"))
 
     def _moments(self, layer: str, names: list[str], judge: bool) -> Moments:
         """Of the input that the linears of a layer share, and of what their outputs lack if that is wanted."""

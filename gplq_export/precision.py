@@ -330,7 +330,8 @@ _ADVICE = {
     "that it is not folded into a constant.",
     "unquantised": "Its weights reach it unquantised: connect a DequantizeLinear directly to the weight operand.",
     "fused qkv": "Likely a fused qkv with per-channel scales: the engine slices the weights, which the scales cannot "
-    "follow. Export q, k and v as three MatMuls that share one quantised input.",
+    "follow. Export q, k and v as three MatMuls that share one quantised input, or quantise what is cut out of their "
+    "result (matmul_bits: 8 in the recipe).",
     "fp32 scales": "Likely FP32 weight scales or a Cast after the weights' DequantizeLinear: use FP16 scales and "
     "connect DequantizeLinear directly to the MatMul.",
     "reduction axis": "Likely weight scales along the reduction axis: quantise per output channel, axis=1 for a [K, N] "

@@ -73,11 +73,13 @@ def test_faithful_graph_passes(clean: Forced, checkpoint: Checkpoint) -> None:
     assert 0 < clean.outputs["logits"] < 1e-5
 
 
-@pytest.mark.parametrize(("activations", "softmax"), [(2, 3), (3, 4), (6, 5), (8, 7)])
+@pytest.mark.parametrize(
+    ("activations", "products", "softmax"), [(2, 3, 3), (3, 8, 4), (6, 6, 5), (8, 8, 7), (4, 16, 7)]
+)
 def test_codes_of_any_width_fit_into_types_that_hold_more(
-    float_model: FloatModel, npz_file: Path, tmp_path: Path, activations: int, softmax: int
+    float_model: FloatModel, npz_file: Path, tmp_path: Path, activations: int, products: int, softmax: int
 ) -> None:
-    bits = {"activation_bits": activations, "softmax_bits": softmax}
+    bits = {"activation_bits": activations, "matmul_bits": products, "softmax_bits": softmax}
     recipe = Recipe.from_dict({**fast_recipe(enabled=False).to_dict(), **bits})
     quantize(float_model, npz_file, tmp_path / "model.pt", recipe, eval_images=1, say=lambda _: None)
     checkpoint = load_checkpoint(tmp_path / "model.pt")

@@ -149,6 +149,24 @@ def test_eight_bits(backend: Backend, tmp_path: Path, dialects: Dialects, name: 
 
 
 @pytest.mark.trt
+@pytest.mark.parametrize("target", ["trt-int8", "trt-int4"])
+def test_products_in_floating_point_leave_a_fused_attention_in_fp16(
+    backend: Backend, tmp_path: Path, dialects: Dialects, target: str
+) -> None:
+    table = check_precision(*build(backend, tmp_path, dialects("DINOv2-S", matmul_bits=16), TARGETS[target]()))
+    assert {row.found for row in table.of("linear")} == {"INT8"}
+    assert {row.found for row in table.of("attention")} == {"FP16 fused"}
+
+
+@pytest.mark.trt
+def test_products_in_floating_point_behind_one_linear_for_all_three_are_refused(
+    backend: Backend, tmp_path: Path, dialects: Dialects
+) -> None:
+    with pytest.raises(PrecisionError, match=r"attn\.qkv\.linear is FP16.*matmul_bits: 8"):
+        check_precision(*build(backend, tmp_path, dialects("Swin-T", matmul_bits=16), TARGETS["trt-int8"]()))
+
+
+@pytest.mark.trt
 @pytest.mark.parametrize("changes", [{"softmax_bits": 7, **FITS_FP8}, FULL], ids=["softmax", "operands"])
 def test_fp8_linears_around_an_int8_attention(
     backend: Backend, tmp_path: Path, dialects: Dialects, changes: dict[str, Any]

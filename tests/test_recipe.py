@@ -59,6 +59,8 @@ def test_unknown_key_like_no_other_lists_the_known_ones() -> None:
         ({"weight_bits": 1}, "weight_bits"),
         ({"weight_bits": 9}, "weight_bits"),
         ({"activation_bits": "four"}, "activation_bits"),
+        ({"matmul_bits": 12}, "matmul_bits"),
+        ({"matmul_bits": 17}, "matmul_bits"),
         ({"scale_grid": "fp8"}, "scale_grid"),
         ({"stage1": {"lr": 0}}, "stage1.lr"),
         ({"stage1": {"lr": float("nan")}}, "stage1.lr"),
