@@ -173,6 +173,23 @@ def _cancelled_by_ctrl_c(recorder: Any) -> Iterator[None]:
             raise KeyboardInterrupt
 
 
+def open_parser(backend: Backend, recorder: Any) -> tuple[Any, Any, Any]:
+    """A builder, an empty network and its ONNX parser, all of which have to live as long as one of them is used.
+
+    Raises:
+        MissingError: CUDA does not start.
+    """
+    trt = backend.module
+    # Version 11 and TensorRT-RTX are always strongly typed and ignore the flag.
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if backend.version.startswith("10.") else 0
+    try:
+        builder = trt.Builder(recorder)
+    except TypeError as error:  # what the bindings raise if CUDA does not start; the reason is in the log
+        raise MissingError(f"{backend.name} {backend.version} cannot start: {' '.join(recorder.errors())}") from error
+    network = builder.create_network(flags)
+    return builder, network, trt.OnnxParser(network, recorder)
+
+
 def _parse_onnx(backend: Backend, parser: Any, onnx_path: Path) -> None:
     """Parse from the file, so that external weights beside it are found; every refused node goes into the error."""
     if parser.parse_from_file(str(onnx_path)):
@@ -303,14 +320,7 @@ def _serialise(
 ) -> bytes:
     """Parse and build; the plan's bytes. The parser owns weights that the network points to: it lives until the end."""
     trt = backend.module
-    # Version 11 and TensorRT-RTX are always strongly typed and ignore the flag.
-    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if backend.version.startswith("10.") else 0
-    try:
-        builder = trt.Builder(recorder)
-    except TypeError as error:  # what the bindings raise if CUDA does not start; the reason is in the log
-        raise MissingError(f"{backend.name} {backend.version} cannot start: {' '.join(recorder.errors())}") from error
-    network = builder.create_network(flags)
-    parser = trt.OnnxParser(network, recorder)
+    builder, network, parser = open_parser(backend, recorder)
     _parse_onnx(backend, parser, onnx_path)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED

@@ -110,6 +110,22 @@ def _opset_too_old(graph: QdqGraph) -> Found:
 
 
 @_rule(
+    "type-conflict",
+    "error",
+    "ort",
+    consequence="ONNX Runtime refuses a file that states another type than the operator computes (TensorRT ignores "
+    "the statement).",
+    fix="Drop value_info from the file, and state what is computed for outputs; then run the simplifier again that "
+    "wrote it, in a newer version, or leave it out.",
+    source=f"{_ORT}; https://github.com/microsoft/onnxruntime/issues/21576",
+)
+def _type_conflict(graph: QdqGraph) -> Found:
+    for node, value, stated in graph.contradictions:
+        computed = "unknown" if value.dtype is None else value.dtype.name
+        yield node, f"{value.name} is stated to be {stated.name}, and is {computed}"
+
+
+@_rule(
     "unknown-domain",
     "error",
     "trt",
@@ -137,6 +153,43 @@ def _integer_operator(graph: QdqGraph) -> Found:
     for node in graph.nodes:
         if node.op_type in _TRT_REFUSES:
             yield node, node.op_type
+
+
+@_rule(
+    "weight-only-operator",
+    "error",
+    "trt",
+    consequence="It is an operator of ONNX Runtime. TensorRT hands it to a plug-in, which has to be loaded, and takes "
+    "FP16 inputs of 2 or 3 dimensions and blocks of 32, 64 or 128 only: else the file does not parse.",
+    fix="For TensorRT store the weights as INT4 with DequantizeLinear in blocks of 64 or 128 (ONNX Runtime's "
+    "quantiser: quant_format=QuantFormat.QDQ).",
+    source=_TRT,
+)
+def _weight_only_operator(graph: QdqGraph) -> Found:
+    for node in graph.nodes:
+        if node.domain == "com.microsoft" and node.op_type == "MatMulNBits":
+            x, size = operand(node, 0), node.attributes.get_int("block_size", 0)
+            kind = "unknown type" if x is None or x.dtype is None else x.dtype.name
+            rank = "" if x is None or x.shape is None else f" of {len(x.shape)} dimensions"
+            yield node, f"{kind}{rank} by {node.attributes.get_int('bits', 4)}-bit weights in blocks of {size}"
+
+
+@_rule(
+    "codes-computed",
+    "error",
+    "trt",
+    consequence="TensorRT takes constant codes only directly in front of DequantizeLinear: the engine does not build.",
+    fix="Compute the codes before they are stored, by folding constants (Brevitas clips the codes of narrow weights in "
+    "the graph).",
+    source=f"{_TRT}: Quantized constant is only allowed before DQ",
+)
+def _codes_computed(graph: QdqGraph) -> Found:
+    for node in graph.nodes:
+        if is_quantize(node) or is_dequantize(node):
+            continue
+        value = operand(node, 0)
+        if value is not None and value.dtype in _TRT_CODES and graph.is_constant(value):
+            yield node, f"{value.dtype.name} codes go through {node.op_type}"
 
 
 @_rule(
@@ -428,10 +481,11 @@ def _fused_qkv(graph: QdqGraph) -> Found:
     weights = {id(linear.node): weight for linear, _, weight in graph.quantized}
     for attention in graph.attentions:
         sources = list(graph.projections(attention).values())
-        for node in {id(source): source for source in sources}.values():
-            weight, count = weights.get(id(node)), sum(source is node for source in sources)
-            if count > 1 and weight is not None and channels(weight.node) > 1:
-                yield node, f"feeds {count} of q, k and v; a scale for each channel"
+        for node in {id(source): source for source, _ in sources}.values():
+            weight, parts = weights.get(id(node)), [quantised for source, quantised in sources if source is node]
+            # A quantiser on any of them keeps the slices where they are, behind the product.
+            if len(parts) > 1 and not any(parts) and weight is not None and channels(weight.node) > 1:
+                yield node, f"feeds {len(parts)} of q, k and v; a scale for each channel"
 
 
 @_rule(

@@ -120,6 +120,7 @@ def _check_versions(proto: onnx.ModelProto, path: Path) -> None:
 def _check_standard(proto: onnx.ModelProto, path: Path) -> None:
     """The checker of onnx, which also refuses external data outside the folder, behind links or missing."""
     _check_acyclic(proto.graph, path)
+    _check_links(proto, path)
     try:
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, UnicodeDecodeError, ValueError) as error:
@@ -139,6 +140,20 @@ def _check_acyclic(graph: onnx.GraphProto, path: Path) -> None:
         circle = " → ".join(node.name or f"{node.op_type}({', '.join(node.output)})" for node in nodes[:6])
         more = " → …" if len(nodes) > 6 else ""
         raise UsageError(f"{path} has a cycle, so that nothing can run it: {printable(circle)}{more}.") from error
+
+
+def _check_links(proto: onnx.ModelProto, path: Path) -> None:
+    """The checker does not follow links, and words that in a way that blames the file."""
+    tensors = [tensor for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    locations = [entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"]
+    for location in dict.fromkeys(locations):
+        if (weights := path.parent / location).is_symlink():
+            raise UsageError(
+                f"{path} has its weights in {printable(location)}, which is a link (to "
+                f"{printable(str(weights.readlink()))}), as in the cache of Hugging Face. Links of weights are not "
+                f"followed: a file could name any other on this machine. Copy the folder with what its links point to "
+                f"(cp -rL {path.parent} copy) or download into a folder (hf download … --local-dir copy), and use that."
+            )
 
 
 def _check_external(tensor: ir.ExternalTensor, path: Path) -> None:

@@ -192,7 +192,7 @@ class QdqGraph:
 
     def __init__(self, model: ir.Model) -> None:
         """``model`` gets the shapes and types that can be inferred."""
-        ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        self.contradictions = _infer(model)
         self.model = model
         self.nodes = list(model.graph.all_nodes())
         self._constants = self._find_constants()
@@ -275,18 +275,40 @@ class QdqGraph:
                 waiting += reversed(node.inputs)
         return None
 
-    def projections(self, attention: Attention) -> dict[str, ir.Node]:
-        """The linears that q, k and v come from, as far as they are found."""
+    def projections(self, attention: Attention) -> dict[str, tuple[ir.Node, bool]]:
+        """The linears that q, k and v come from, as far as they are found; and whether a quantiser is on the way."""
         weighted = {id(linear.node) for linear in self.linears}
         found = {}
         for name, value in attention.operands.items():
-            node = producer(value)
+            node, quantised = producer(value), False
             while node is not None and id(node) not in weighted and is_op(node, *_PROJECTED):
+                quantised = quantised or is_quantize(node)
                 inputs = [value for value in node.inputs if not self.is_constant(value)]
                 node = producer(inputs[0]) if inputs else None
             if name != "p" and node is not None and id(node) in weighted:
-                found[name] = node
+                found[name] = node, quantised
         return found
+
+
+def _infer(model: ir.Model) -> list[tuple[ir.Node, ir.Value, ir.DataType]]:
+    """Infer shapes and types, in place; returns where the file states another type: node, output, stated type.
+
+    Types are inferred anew: what a file states of a value in between is what a reader may rely on, not what it is. But
+    what an operator outside the standard computes, the file alone can say.
+    """
+    nodes = [node for node in model.graph.all_nodes() if node.domain in STANDARD]
+    outputs = [(node, value) for node in nodes for value in node.outputs]
+    stated = [(node, value, value.type) for node, value in outputs if value.type is not None]
+    for _, value, _ in stated:
+        value.type = None
+    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    contradictions = []
+    for node, value, type_ in stated:
+        if value.dtype is not None and value.dtype != type_.dtype:
+            contradictions.append((node, value, type_.dtype))
+        if value.dtype is None:
+            value.type = type_
+    return contradictions
 
 
 def behind(node: ir.Node, through: tuple[str, ...]) -> list[ir.Node]:

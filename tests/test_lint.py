@@ -128,10 +128,11 @@ def attention(
     fused: bool = False,
     heads: int = HEADS,
     tokens: int = TOKENS,
+    batch: Any = "batch",
     **weight: Any,
 ) -> Any:
     """A pre-norm attention. ``quantise``: which of q, k, v, p and the output; ``clip``: which are clamped before."""
-    g = Graph(tokens=tokens)
+    g = Graph(tokens=tokens, batch=batch)
     norm = [g.constant("norm.weight", np.ones(WIDTH)), g.constant("norm.bias", np.zeros(WIDTH))]
     x = g.quantised(g.node("LayerNormalization", ["x", *norm], "norm", axis=-1), "norm.x")
 
@@ -226,6 +227,39 @@ def requantised(again: bool = True) -> Any:
     return g.proto(g.node("Add", [y, g.constant("fc.bias", np.ones(WIDTH))], "fc.add"))
 
 
+def stated(value: str, kind: str) -> Any:
+    """A linear whose file states the type of a value in between."""
+    proto = cpu()
+    dtype = helper.np_dtype_to_tensor_dtype(np.dtype(TYPES[kind]))
+    proto.graph.value_info.append(helper.make_tensor_value_info(value, dtype, ["batch", TOKENS, WIDTH]))
+    return proto
+
+
+def moved_weight(operator: str, code: str = "INT8") -> Any:
+    """A linear whose weight's codes go through an operator before they are dequantised."""
+    g = Graph()
+    codes = g.constant("fc.codes", g.random.integers(-7, 8, (WIDTH, WIDTH)), code)
+    if operator == "Clip":
+        codes = g.node("Clip", [codes, g.constant("low", -7, code), g.constant("high", 7, code)], "fc.moved")
+    elif operator:
+        codes = g.node(operator, [codes], "fc.moved")
+    w = g.node("DequantizeLinear", [codes, g.constant("fc.scale", np.full(WIDTH, 0.01))], "fc.weight", axis=1)
+    return g.proto(g.linear(g.quantised("x", "fc.x"), "fc", w))
+
+
+def matmul_nbits(rank: int = 3, floats: str = "FP32", block: int = 32) -> Any:
+    """What ONNX Runtime's own quantiser writes for weights of 4 bits."""
+    quantizer = pytest.importorskip("onnxruntime.quantization.matmul_nbits_quantizer")
+    g = Graph(floats)
+    x = "x" if rank == 3 else g.node("Unsqueeze", ["x", "one"], "more")
+    g.initialisers["one"] = numpy_helper.from_array(np.array([1]), "one")
+    y = g.node("MatMul", [x, g.constant("fc.float", g.random.normal(size=(WIDTH, WIDTH)))], "fc")
+    y = y if rank == 3 else g.node("Squeeze", [y, "one"], "less")
+    work = quantizer.MatMulNBitsQuantizer(g.proto(y), block_size=block, is_symmetric=True)
+    work.process()
+    return work.model.model
+
+
 def norm(floats: str) -> Any:
     g = Graph(floats)
     scale = [g.constant("norm.weight", np.ones(WIDTH)), g.constant("norm.bias", np.zeros(WIDTH))]
@@ -241,8 +275,11 @@ def output_dtype(scale: str) -> Any:
 CASES: dict[str, tuple[Any, str, Any]] = {
     "opset-too-new": (cpu(opset=27), "the model", cpu(opset=26)),
     "opset-too-old": (linear(weight={"code": "INT4"}, opset=19), "fc.weight", linear(weight={"code": "INT4"})),
+    "type-conflict": (stated("fc.x.quantize.out", "INT8"), "fc.x.quantize", stated("fc.x.quantize.out", "UINT8")),
     "unknown-domain": (with_node("Quantise", "acme"), "extra", with_node("Relu")),
     "integer-operator": (skip_norm(), "norm", norm("FP16")),
+    "weight-only-operator": (matmul_nbits(), "fc_Q4", linear(None, {"code": "INT4", "per": "block"})),
+    "codes-computed": (moved_weight("Clip"), "fc.moved", moved_weight("")),
     "zero-point": (linear({"zero": 3}), "fc.x.quantize", linear({"zero": 0})),
     "code-type": (linear({"code": "UINT4"}), "fc.x.quantize", linear({"code": "INT8"})),
     "int32-bias": (int32_bias(), "fc.bias", linear()),
@@ -340,7 +377,8 @@ def build(builder: engine.Backend, tmp_path: Path) -> Callable[[Any], EngineRepo
 
 
 REFUSED = [
-    "integer-operator", "zero-point", "code-type", "int32-bias", "block-weight", "mixed-code-types",
+    "integer-operator", "weight-only-operator", "codes-computed", "zero-point", "code-type", "int32-bias",
+    "block-weight", "mixed-code-types",
     "mixed-float-types", "scale-not-positive",
 ]  # fmt: skip
 IN_FLOATING_POINT = [
@@ -400,6 +438,47 @@ def test_tensorrt_fuses_the_parts_that_the_rule_says(
 
 
 @pytest.mark.trt
+@pytest.mark.parametrize(
+    ("rank", "floats", "block"), [(3, "FP32", 32), (4, "FP16", 32), (3, "FP16", 16), (3, "FP16", 64)]
+)
+def test_tensorrt_refuses_every_weight_only_operator_without_its_plug_in(
+    rank: int, floats: str, block: int, build: Callable[[Any], EngineReport]
+) -> None:
+    proto = matmul_nbits(rank, floats, block)
+    assert list(found(proto, "trt")) == ["weight-only-operator"]
+    with pytest.raises(BuildError, match=r"MatMulNBits"):
+        build(proto)
+
+
+@pytest.mark.trt
+@pytest.mark.parametrize(
+    ("operator", "code"),
+    [("Clip", "INT8"), ("Identity", "INT8"), ("Transpose", "INT8"), ("Transpose", "FP8"), ("Transpose", "INT4")],
+)
+def test_tensorrt_takes_constant_codes_only_in_front_of_dequantize(
+    operator: str, code: str, build: Callable[[Any], EngineReport]
+) -> None:
+    proto = moved_weight(operator, code)
+    assert "codes-computed" in found(proto, "trt")
+    with pytest.raises(BuildError):
+        build(proto)
+
+
+@pytest.mark.trt
+@pytest.mark.parametrize("quantised", ["", "o", "v", "qk", "qkvpo"])
+@pytest.mark.parametrize("batch", ["batch", 2])
+def test_one_linear_for_q_k_and_v_is_in_int8_exactly_if_the_rule_is_silent(
+    quantised: str, batch: Any, tmp_path: Path, builder: engine.Backend
+) -> None:
+    proto = attention(quantised, fused=True, batch=batch)
+    onnx.save(proto, tmp_path / "model.onnx")
+    sizes = (2, 2, 2) if batch == 2 else (1, 2, 4)
+    report = engine.build_engine(tmp_path / "model.onnx", tmp_path / "plan", batch=sizes, backend=builder)
+    in_int8 = linear_precisions(report.layers, ["qkv"])["qkv"] == "INT8"
+    assert in_int8 == ("fused-qkv" not in found(proto, "trt"))
+
+
+@pytest.mark.trt
 def test_tensorrt_reads_uint8_as_int8(build: Callable[[Any], EngineReport], tmp_path: Path) -> None:
     assert linear_precisions(build(CASES["uint8-codes"][0]).layers, ["fc"])["fc"] == "INT8"
 
@@ -443,7 +522,8 @@ def operators(proto: Any, tmp_path: Path) -> set[str]:
 @pytest.mark.parametrize(
     "rule",
     [
-        "opset-too-new", "opset-too-old", "unknown-domain", "mixed-float-types", "output-dtype", "bfloat16-codes",
+        "opset-too-new", "opset-too-old", "type-conflict", "unknown-domain", "mixed-float-types", "output-dtype",
+        "bfloat16-codes",
         "int8-transpose",
     ],
 )  # fmt: skip
@@ -547,7 +627,7 @@ def bad_file(tmp_path: Path) -> Path:
 
 def test_text_is_grouped_with_counts(bad_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(GateError, match=r"breaks 1 rule\(s\): zero-point\.$"):
-        run(parse(str(bad_file)))
+        run(parse(str(bad_file), "--rules-only"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         f"{bad_file}: 1 error(s), 1 warning(s), 0 note(s); {len(RULES)} rules of TensorRT and ONNX Runtime CPU"
@@ -559,9 +639,10 @@ def test_text_is_grouped_with_counts(bad_file: Path, capsys: pytest.CaptureFixtu
 
 def test_json_has_every_node(bad_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(GateError):
-        run(parse(str(bad_file), "--json"))
+        run(parse(str(bad_file), "--json", "--rules-only"))
     content = json.loads(capsys.readouterr().out)
-    assert content["schema_version"] == "1.0"
+    assert content["schema_version"] == "1.1"
+    assert content["asked"] == []
     assert [(finding["rule"], finding["count"]) for finding in content["findings"]] == [
         ("zero-point", 2),
         ("fp16-codes", 1),
@@ -573,10 +654,37 @@ def test_json_has_every_node(bad_file: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_runtime_and_strict_decide_what_fails(bad_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(parse(str(bad_file), "--runtime", "ort"))
+    run(parse(str(bad_file), "--runtime", "ort", "--rules-only"))
     assert "zero-point" not in capsys.readouterr().out
     with pytest.raises(GateError, match="fp16-codes"):
         run(parse(str(bad_file), "--runtime", "ort", "--strict"))
+
+
+@pytest.mark.trt
+def test_runtimes_are_asked_and_their_refusal_is_an_error(
+    bad_file: Path, builder: engine.Backend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(GateError, match=r"breaks 2 rule\(s\): trt-refuses, zero-point\.$"):
+        run(parse(str(bad_file)))
+    lines = capsys.readouterr().out.splitlines()
+    assert f"  {builder.name} {builder.version} refuses the file" in lines
+    assert any(line.startswith("  ONNX Runtime ") and line.endswith(" loads the file") for line in lines)
+    where = lines.index("error: trt-refuses [TensorRT]")
+    assert lines[where + 1].startswith("  where   fc.x.quantize: ") and "zero" in lines[where + 1]
+
+
+def test_refusal_that_no_rule_foresees_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    proto = with_node("Attention", "com.microsoft")  # it exists, with more inputs
+    onnx.save(proto, tmp_path / "model.onnx")
+    run(parse(str(tmp_path / "model.onnx"), "--runtime", "ort", "--rules-only"))
+    capsys.readouterr()
+    with pytest.raises(GateError, match=r"breaks 1 rule\(s\): ort-refuses"):
+        run(parse(str(tmp_path / "model.onnx"), "--runtime", "ort", "--json"))
+    content = json.loads(capsys.readouterr().out)
+    (answer,) = content["asked"]
+    assert answer["runtime"] == "ort" and answer["silent"] == "" and len(answer["refusals"]) == 1
+    assert answer["refusals"][0]["words"] in content["findings"][0]["places"][0]["found"]
 
 
 def test_a_file_that_is_no_model_is_a_usage_error(tmp_path: Path) -> None:

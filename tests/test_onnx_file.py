@@ -200,7 +200,7 @@ def test_damage_ends_in_a_model_or_a_message(write: Callable[[Any], Path]) -> No
     [
         ("../secret.bin", "points outside the directory"),
         ("/etc/passwd", "absolute path"),
-        ("link.bin", "symbolic link"),
+        ("link.bin", "which is a link"),
         ("inner/../../secret.bin", "outside the directory"),
         ("folder/secret.bin", "outside|symbolic link|not regular"),
         ("hard.bin", "hard link"),
