@@ -6,6 +6,7 @@ that does not load ends the process. Rules about the repository as a whole are h
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,11 @@ def check_repository(folder: Path, image: TritonImage | None = None) -> list[Pro
         except UsageError as failure:
             rule = "config-parses" if (model / CONFIG).is_file() else "config-exists"
             problems.append(error(rule, model.name, str(failure), "correct it; the server's API would not say why"))
+    versions = {name: served_versions(models / name, config)[0] for name, config in configs.items()}
     for name, config in configs.items():
         problems += check_model(models / name, config, image)
         if config.HasField("ensemble_scheduling"):
-            problems += _ensemble(name, config, configs, [it.name for it in folders])
+            problems += _ensemble(name, config, configs, versions, [it.name for it in folders])
     return sorted(problems, key=lambda problem: problem.severity != "error")
 
 
@@ -78,14 +80,20 @@ def read_config(model: Path) -> Any:
     return parse_config(text, path)
 
 
-def _ensemble(name: str, config: Any, configs: dict[str, Any], folders: list[str]) -> Iterator[Problem]:
+def _ensemble(
+    name: str, config: Any, configs: dict[str, Any], versions: dict[str, list[str]], folders: list[str]
+) -> Iterator[Problem]:
     """The rules of the server's own check of ensembles, which runs when everything else is loaded."""
     tensors = {it.name: (it.data_type, server_shape(it, config), name) for it in (*config.input, *config.output)}
     made = {it.name for it in config.input}
-    if config.instance_group:
-        yield error(
-            "ensemble-instances", name, "an ensemble with an instance_group", "remove it: its steps have theirs"
-        )
+    for rule, given in (
+        ("instance_group", bool(config.instance_group)),
+        ("optimization", config.HasField("optimization")),
+        ("model_warmup", bool(config.model_warmup)),
+    ):
+        if given:
+            yield error("ensemble-has", name, f"an ensemble with {rule}", "remove it: its steps have theirs")
+    yield from _flow(name, config)
     for step in config.ensemble_scheduling.step:
         if step.model_name not in configs:
             if step.model_name not in folders:  # else its own problem is reported already
@@ -93,6 +101,9 @@ def _ensemble(name: str, config: Any, configs: dict[str, Any], folders: list[str
                 yield error("ensemble-step", name, f"step '{step.model_name}' is no model of the repository", fix)
             continue
         model = configs[step.model_name]
+        if step.model_version != -1 and str(step.model_version) not in versions.get(step.model_name, []):
+            found = f"version {step.model_version} of {step.model_name} is not served"
+            yield error("ensemble-step", name, found, "-1 for the newest, or one that is served")
         if 0 < model.max_batch_size < config.max_batch_size:
             found = f"takes batches of {config.max_batch_size}, its step {step.model_name} of {model.max_batch_size}"
             yield error("ensemble-batch", name, found, "give it the smallest max_batch_size of its steps")
@@ -119,6 +130,31 @@ def _ensemble(name: str, config: Any, configs: dict[str, Any], folders: list[str
     for tensor in config.output:
         if known_steps and tensor.name not in made:
             yield error("ensemble-map", name, f"no step makes its output '{tensor.name}'", "map a step's output to it")
+
+
+def _flow(name: str, config: Any) -> Iterator[Problem]:
+    """Every tensor of an ensemble is made once and read, and every step gets its inputs at some time."""
+    steps = list(config.ensemble_scheduling.step)
+    made = Counter(value for step in steps for value in step.output_map.values())
+    for tensor, count in made.items():
+        if count > 1:
+            yield error("ensemble-map", name, f"'{tensor}' is made {count} times", "one step makes a tensor")
+    given = {tensor.name for tensor in config.input}
+    read = {value for step in steps for value in step.input_map.values()}
+    for tensor in sorted(given - read):
+        yield error("ensemble-map", name, f"its input '{tensor}' is not used", "map it to a step's input")
+    for tensor in sorted(set(made) - read - {tensor.name for tensor in config.output}):
+        fix = "leave it out of the output_map"
+        yield error("ensemble-map", name, f"'{tensor}' is made by a step, and nobody reads it", fix)
+    for tensor in sorted(read - given - set(made)):
+        yield error("ensemble-map", name, f"'{tensor}' is read by a step, and nobody makes it", "map an output to it")
+    there, waiting = given | (read - set(made)), steps
+    while ready := [step for step in waiting if set(step.input_map.values()) <= there]:
+        there |= {value for step in ready for value in step.output_map.values()}
+        waiting = [step for step in waiting if step not in ready]
+    for step in waiting:
+        found = f"step '{step.model_name}' waits for what is made of its own output"
+        yield error("ensemble-map", name, found, "steps follow each other without a circle")
 
 
 def _fit(one: tuple[int, ...], other: tuple[int, ...]) -> bool:

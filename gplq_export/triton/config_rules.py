@@ -18,6 +18,10 @@ PLATFORMS = {  # what `platform` may be -> the backend that it stands for
     "tensorflow_savedmodel": "tensorflow",
     "ensemble": "ensemble",
 }
+_BACKENDS = (  # those of NVIDIA's images
+    "onnxruntime", "tensorrt", "python", "pytorch", "openvino", "tensorflow", "dali", "fil", "vllm", "tensorrtllm",
+    "identity", "repeat", "square", "distributed_addsub",
+)  # fmt: skip
 _GPU_ACCELERATORS, _CPU_ACCELERATORS = ("tensorrt", "cuda"), ("openvino",)
 _PRECISIONS = ("FP32", "FP16", "BF16", "INT8")
 _ONNXRUNTIME_PARAMETERS = (
@@ -35,15 +39,24 @@ def backend_of(config: Any) -> str:
 
 
 def server_shape(tensor: Any, config: Any) -> tuple[int, ...]:
-    """A tensor's whole shape: the server puts the batch in front if the model batches."""
+    """A tensor's whole shape in a request: the server puts the batch in front if the model batches."""
     return (*([-1] if config.max_batch_size > 0 else []), *tensor.dims)
+
+
+def model_shape(tensor: Any, config: Any) -> tuple[int, ...]:
+    """A tensor's whole shape as the model's file gets it: reshaped, if that is asked for."""
+    dims = tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims
+    return (*([-1] if config.max_batch_size > 0 else []), *dims)
 
 
 def config_problems(folder: Path, config: Any) -> Iterator[Problem]:
     """What is wrong with the configuration of a model's folder; ``where`` says what of the model."""
     yield from _identity(folder, config)
     yield from _tensors(config)
+    yield from _shapes(config)
     yield from _batching(config)
+    yield from _priorities(config)
+    yield from _sequences(config)
     yield from _instances(config)
     yield from _accelerators(config)
     yield from _parameters(config)
@@ -65,6 +78,22 @@ def _identity(folder: Path, config: Any) -> Iterator[Problem]:
     elif config.platform and config.backend and PLATFORMS[config.platform] != config.backend:
         found = f"platform '{config.platform}' is not of backend '{config.backend}'"
         yield error("backend", "", found, "leave out the platform")
+    elif backend_of(config) not in (*_BACKENDS, "ensemble") and not _library(folder, f"libtriton_{config.backend}.so"):
+        near = difflib.get_close_matches(config.backend, _BACKENDS, 1, 0.5)
+        found = f"no backend of NVIDIA's images is called '{config.backend}', and its library is not in the folder"
+        yield error("backend", "", found, f"'{near[0]}'?" if near else f"one of {', '.join(_BACKENDS)}")
+    if (
+        config.runtime
+        and config.runtime != f"libtriton_{backend_of(config)}.so"
+        and not _library(folder, config.runtime)
+    ):
+        fix = f"leave it out: the server takes libtriton_{backend_of(config)}.so"
+        yield error("backend", "", f"its runtime '{config.runtime}' is not in the folder", fix)
+    if any(not agent.name for agent in config.model_repository_agents.agents):
+        yield error("agents", "", "a repository agent without a name", "name it, such as checksum")
+    if config.response_cache.enable and config.model_transaction_policy.decoupled:
+        found = "response_cache with decoupled: which of several answers would be kept?"
+        yield error("response-cache", "", found, "give up the one or the other")
     if (config.platform == "ensemble") != config.HasField("ensemble_scheduling"):
         found = 'platform "ensemble" and ensemble_scheduling need each other'
         yield error("ensemble", "", found, "give both or neither")
@@ -92,6 +121,91 @@ def _tensors(config: Any) -> Iterator[Problem]:
                 yield error("dims", tensor.name, found, "sizes are positive, or -1 where they vary")
 
 
+def _library(folder: Path, name: str) -> bool:
+    """Whether a library lies where the server looks for it, besides its own folder of backends."""
+    return any((place / name).is_file() for place in (folder, *(it for it in folder.glob("[0-9]*") if it.is_dir())))
+
+
+def _shapes(config: Any) -> Iterator[Problem]:
+    """What else a tensor may say of its shape, and what refers to tensors by name."""
+    formats = schema().ModelInput.Format
+    for tensor in config.input:
+        layout = formats.Name(tensor.format)
+        if layout != "FORMAT_NONE" and len(tensor.dims) != 3:
+            found = f"{layout} with dims {list(tensor.dims)}: such an image has three"
+            yield error("format", tensor.name, found, "leave out the format, which changes nothing in the server")
+    for tensor in (*config.input, *config.output):
+        if tensor.is_shape_tensor and backend_of(config) != "tensorrt":
+            yield error("shape-tensor", tensor.name, "a shape tensor, which only TensorRT has", "leave it out")
+        if tensor.HasField("reshape"):
+            yield from _reshape(tensor, config)
+    for batch_input in config.batch_input:
+        if len(batch_input.source_input) != 1:
+            found = f"batch_input of {len(batch_input.source_input)} inputs"
+            yield error("batch-tensor", ", ".join(batch_input.target_name), found, "one source_input")
+    inputs, outputs = ({tensor.name for tensor in tensors} for tensors in (config.input, config.output))
+    for known, names in (
+        (inputs, [name for it in (*config.batch_input, *config.batch_output) for name in it.source_input]),
+        (outputs, [name for it in config.batch_output for name in it.target_name]),
+    ):
+        for name in sorted(set(names) - known):
+            fix = f"one of {', '.join(sorted(known))}" if known else "name the tensor first"
+            yield error("batch-tensor", name, "batch_input or batch_output refers to it, and it is not given", fix)
+
+
+def _reshape(tensor: Any, config: Any) -> Iterator[Problem]:
+    before, after = list(tensor.dims), list(tensor.reshape.shape)
+    fix = f"a shape of as many values as dims {before}, and -1 as often"
+    if any(size == 0 or size < -1 for size in after):
+        yield error("reshape", tensor.name, f"reshape to {after}", "sizes are positive, or -1 where they vary")
+    elif not after and config.max_batch_size == 0:
+        yield error("reshape", tensor.name, "reshape to a scalar of a model without batches", fix)
+    elif _segments(before) != _segments(after):
+        yield error("reshape", tensor.name, f"dims {before} do not fit into {after}", fix)
+
+
+def _segments(shape: list[int]) -> list[int]:
+    """The number of values before, between and behind the sizes that vary, which a reshape keeps."""
+    products = [1]
+    for size in shape:
+        if size == -1:
+            products.append(1)
+        else:
+            products[-1] *= size
+    return products
+
+
+def _priorities(config: Any) -> Iterator[Problem]:
+    dynamic = config.dynamic_batching
+    levels = dynamic.priority_levels
+    if levels and not 1 <= dynamic.default_priority_level <= levels:
+        found = f"default_priority_level {dynamic.default_priority_level} with {levels} priority_levels"
+        yield error("priority", "", found, f"1 to {levels}")
+    for level in sorted(set(dynamic.priority_queue_policy) - set(range(1, levels + 1))):
+        fix = f"1 to {levels}" if levels else "give priority_levels"
+        yield error("priority", "", f"priority_queue_policy for level {level} of {levels}", fix)
+    if levels > 1 and dynamic.preserve_ordering:
+        fix = "give up the one or the other"
+        yield error("priority", "", f"preserve_ordering with {levels} priority_levels", fix)
+
+
+def _sequences(config: Any) -> Iterator[Problem]:
+    kinds = schema().ModelSequenceBatching.Control.Kind
+    used = Counter(kinds.Name(it.kind) for each in config.sequence_batching.control_input for it in each.control)
+    for kind, count in used.items():
+        if count > 1:
+            yield error("sequence", kind, f"given {count} times", "one input tells it")
+    for each in config.sequence_batching.control_input:
+        if not each.name:
+            yield error("sequence", "", "a control_input without a name", "name it")
+        for control in each.control:
+            kind = kinds.Name(control.kind)
+            values = (control.int32_false_true, control.fp32_false_true, control.bool_false_true)
+            if kind != "CONTROL_SEQUENCE_CORRID" and not any(len(it) == 2 for it in values):
+                found = f"{kind} without its two values"
+                yield error("sequence", each.name, found, "such as int32_false_true: [0, 1]")
+
+
 def _batching(config: Any) -> Iterator[Problem]:
     largest, dynamic = config.max_batch_size, config.HasField("dynamic_batching")
     if largest < 0:
@@ -117,6 +231,8 @@ def _instances(config: Any) -> Iterator[Problem]:
             yield warning(
                 "instances", "", "without a count, ONNX Runtime gets 2 instances on the CPU", "give the count"
             )
+        if group.profile and backend != "tensorrt":
+            yield error("instances", "", "a profile, which only TensorRT has", "remove it")
         if group.count < 0:
             yield error("instances", "", f"count is {group.count}", "at least 1")
         if kind == "KIND_CPU" and group.gpus:
@@ -194,6 +310,9 @@ def _warm_up_input(folder: Path, sample: str, tensor: Any, data: Any) -> Iterato
     if not fits or data.data_type != tensor.data_type:
         found = f"'{tensor.name}' has dims {list(data.dims)}, the model {list(tensor.dims)}, or the types differ"
         yield error("warm-up", sample, found, "the model's own type and dims, without the batch")
+    elif data.WhichOneof("input_data_type") is None:
+        found = f"'{tensor.name}' has no data"
+        yield error("warm-up", sample, found, "zero_data: true, random_data: true or input_data_file")
     elif data.input_data_file:
         path = folder / "warmup" / data.input_data_file
         size = _BYTES.get(schema().DataType.Name(data.data_type).removeprefix("TYPE_"))

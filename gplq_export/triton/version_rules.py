@@ -10,7 +10,7 @@ from gplq.files import sha256
 from gplq_export.runner import read_header
 from gplq_export.triton.bindings import Bindings, TensorInfo, onnx_bindings
 from gplq_export.triton.config import schema
-from gplq_export.triton.config_rules import backend_of, server_shape
+from gplq_export.triton.config_rules import backend_of, model_shape
 from gplq_export.triton.images import OLDEST_ONNXRUNTIME, TritonImage, release_tensorrt, same_version, version_numbers
 from gplq_export.triton.problem import Problem, error, warning
 from gplq_export.triton.sidecar import Sidecar, read_sidecar
@@ -40,8 +40,8 @@ def served_versions(folder: Path, config: Any) -> tuple[list[str], list[Problem]
             for version in sorted(set(policy.specific.versions) - set(found))
         ]
     else:
-        count = policy.latest.num_versions or 1
-        chosen = found if policy.HasField("all") else found[-count:]
+        count = policy.latest.num_versions if policy.HasField("latest") else 1
+        chosen = found if policy.HasField("all") else found[-count:] if count else []
     if not chosen:
         fix = "a folder 1 with the model's file in it, also for an ensemble"
         problems.append(error("version", "", "no version is served", fix))
@@ -167,14 +167,12 @@ def _compare_tensor(config: Any, tensor: Any, real: TensorInfo, where: str) -> I
     dtype = schema().DataType.Name(tensor.data_type)
     if dtype not in ("TYPE_INVALID", real.dtype):
         yield error("dtype", where, f"{dtype}, the file has {real.dtype}", f"data_type: {real.dtype}")
-    if tensor.HasField("reshape"):
-        return
-    shape = server_shape(tensor, config)
+    shape = model_shape(tensor, config)
     if len(shape) != len(real.shape):
         dims = list(real.shape[1:] if config.max_batch_size > 0 else real.shape)
         with_batch = " (the batch is put in front of the dims)" if config.max_batch_size > 0 else ""
         found = f"shape {list(shape)}{with_batch}, the file has {list(real.shape)}"
-        yield error("dims", where, found, f"dims: {dims}")
+        yield error("dims", where, found, f"{'reshape to' if tensor.HasField('reshape') else 'dims:'} {dims}")
     elif config.max_batch_size > 0 and real.shape[0] != -1:
         found = f"the file takes batches of {real.shape[0]} only: others would fail"
         yield error("batch", where, found, "export it with a batch that may vary, or max_batch_size: 0 and whole dims")

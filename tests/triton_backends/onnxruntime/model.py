@@ -43,7 +43,8 @@ def check(config: dict[str, Any], kind: str, found: dict[str, tuple[str, list[in
         if name not in found:
             raise pb_utils.TritonModelException(f"unexpected {kind} '{name}', the model has {sorted(found)}")
         dtype, shape = found[name]
-        dims = [-1] * bool(config["max_batch_size"]) + [int(size) for size in port["dims"]]
+        inner = port["reshape"].get("shape", []) if "reshape" in port else port["dims"]
+        dims = [-1] * bool(config["max_batch_size"]) + [int(size) for size in inner]
         if len(dims) != len(shape) or any(a != b and -1 not in (a, b) for a, b in zip(dims, shape, strict=True)):
             raise pb_utils.TritonModelException(f"{kind} '{name}': {dims} configured, the model has {shape}")
         if dtype != port["data_type"]:
