@@ -586,6 +586,73 @@ def test_onnx_runtime_does_not_fuse(rule: str, tmp_path: Path) -> None:
         assert "DequantizeLinear" not in operators(clean, tmp_path)
 
 
+# Files that others write.
+
+
+SYMMETRIC = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
+
+
+@pytest.mark.trt
+@pytest.mark.parametrize(
+    ("activation", "weight", "form", "options"),
+    [
+        ("QInt8", "QInt8", "QDQ", {}),
+        ("QUInt8", "QInt8", "QDQ", {}),
+        ("QUInt8", "QInt4", "QDQ", {}),
+        ("QInt16", "QInt8", "QDQ", {}),
+        ("QInt8", "QInt8", "QOperator", {}),
+        ("QInt8", "QInt8", "QDQ", SYMMETRIC),
+        ("QInt8", "QInt8", "QDQ", {**SYMMETRIC, "AddQDQPairToWeight": True}),
+        ("QInt8", "QInt4", "QDQ", SYMMETRIC),
+    ],
+)
+def test_files_of_onnx_runtimes_quantiser_have_errors_exactly_if_they_are_refused(
+    activation: str,
+    weight: str,
+    form: str,
+    options: dict[str, bool],
+    tmp_path: Path,
+    build: Callable[[Any], EngineReport],
+) -> None:
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    g = Graph("FP32")
+    norm = [g.constant("norm.weight", np.ones(WIDTH)), g.constant("norm.bias", np.zeros(WIDTH))]
+    x = g.node("LayerNormalization", ["x", *norm], "norm", axis=-1)
+    for name in ("fc1", "fc2"):
+        x = g.node("Gelu", [g.linear(x, name, g.constant(name, g.random.normal(size=(WIDTH, WIDTH))))], f"{name}.gelu")
+    onnx.save(g.proto(x), tmp_path / "float.onnx")
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]  # the package is optional
+        batches = iter(np.random.default_rng(0).normal(size=(2, 2, TOKENS, WIDTH)).astype(np.float32))
+
+        def get_next(self) -> Any:
+            return next(({"x": batch} for batch in self.batches), None)
+
+    quantization.quantize_static(
+        tmp_path / "float.onnx",
+        tmp_path / "quantised.onnx",
+        Reader(),
+        quant_format=quantization.QuantFormat[form],
+        activation_type=quantization.QuantType[activation],
+        weight_type=quantization.QuantType[weight],
+        per_channel=True,
+        extra_options=options,
+    )
+    proto = onnx.load(tmp_path / "quantised.onnx")
+    errors = {
+        runtime: [it.rule.id for it in lint(ir.from_proto(proto), runtime) if it.rule.severity == "error"]
+        for runtime in RUNTIMES
+    }
+    compute(proto)
+    assert errors["ort"] == []
+    if errors["trt"]:
+        with pytest.raises(BuildError):
+            build(proto)
+    else:
+        build(proto)
+    assert (errors["trt"] == []) == (options != {})
+
+
 # Our own files, and the command.
 
 
