@@ -22,6 +22,7 @@ DATA = """data (--data, --eval):
   hf:NAME                  Hugging Face data set, of the hub or in a folder (save_to_disk, parquet, ...)
   'hf:NAME?stream=50000'   so many of its images, drawn without downloading all; kept in ~/.cache/gplq
                            more options, with &: split, image, label (columns), config, revision, seed"""
+TRUST = "go on although the model's answers speak against the labels (another order of classes, or guessing)"
 SKIP = "leave out and report images that cannot be read (default: stop)"
 
 
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ORDER",
         help="of class folders: alphabetical (torchvision), natural (timm's train.py), or a file, one class a line",
     )
+    quantize.add_argument("--trust-labels", action="store_true", help=TRUST)
     quantize.add_argument("--skip-bad-images", action="store_true", help=SKIP)
     quantize.add_argument("--recipe", type=Path, help="YAML recipe (default: the paper's; see 'gplq recipe')")
     quantize.add_argument("--arch", help="timm architecture, if MODEL is a weights file")
@@ -106,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("checkpoint", type=Path)
     evaluate.add_argument("--data", required=True, help="test images; see below")
     evaluate.add_argument("--images", type=positive, help="measure on so many of them (default: all)")
+    evaluate.add_argument("--trust-labels", action="store_true", help=TRUST)
     evaluate.add_argument("--skip-bad-images", action="store_true", help=SKIP)
     evaluate.set_defaults(run=_eval)
 
@@ -145,6 +148,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         eval_images=arguments.eval_images,
         bad_images="skip" if arguments.skip_bad_images else "fail",
         class_order=arguments.class_order,
+        trust_labels=arguments.trust_labels,
         force=arguments.force,
     )
     print(f"wrote {arguments.out} ({arguments.out.stat().st_size:,} bytes)")
@@ -158,7 +162,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from gplq.checkpoint import load_checkpoint
     from gplq.data import open_test_images
-    from gplq.evaluate import top1
+    from gplq.doubt import trusted_top1
 
     checkpoint = load_checkpoint(arguments.checkpoint)
     if checkpoint.spec.num_classes == 0:
@@ -166,7 +170,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     images = open_test_images(
         arguments.data, checkpoint, arguments.images, "skip" if arguments.skip_bad_images else "fail"
     )
-    accuracy = top1(checkpoint.model, images, "Checkpoint")
+    trust = arguments.trust_labels or checkpoint.trusts_labels
+    accuracy = trusted_top1(checkpoint.model, images, checkpoint.spec.num_classes, "Checkpoint", trust_labels=trust)
     print(f"{arguments.checkpoint} top-1 {accuracy}   (n = {accuracy.n})")
 
 

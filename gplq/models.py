@@ -14,9 +14,9 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from gplq.convert import check_supported
-from gplq.data import Preprocessing
 from gplq.errors import ModelError
 from gplq.files import sha256
+from gplq.preprocessing import Preprocessing
 from gplq.survey import input_size
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")

@@ -12,8 +12,9 @@ import torch
 from conftest import make_arrays
 from PIL import Image
 
-from gplq.data import Preprocessing, batches, open_images
+from gplq.data import batches, open_images
 from gplq.errors import DataError
+from gplq.preprocessing import Preprocessing
 from gplq.sources import expand
 
 GREY = Preprocessing((1, 16, 16), "bilinear", 1.0, "center", (0.5,), (0.25,))

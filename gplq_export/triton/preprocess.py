@@ -1,7 +1,7 @@
 """An encoded image -> what the network takes; the same bits as timm's evaluation transform gives.
 
 This file is copied into the repository and runs inside the server, which has NumPy and Pillow, and neither torch nor
-timm nor gplq. tests/test_triton_preprocess.py compares it with :class:`gplq.data.Preprocessing`.
+timm nor gplq. tests/test_triton_preprocess.py compares it with :class:`gplq.preprocessing.Preprocessing`.
 """
 
 import io
