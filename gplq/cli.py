@@ -97,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE", help="such as img_size=70")
     quantize.add_argument("--force", action="store_true", help="overwrite --out")
+    images = quantize.add_argument_group("preprocessing (default: what the weights' configuration says)")
+    images.add_argument("--mean", type=numbers, metavar="M[,M,M]", help="of pixels in 0 … 1, such as 0.485,0.456,0.406")
+    images.add_argument("--std", type=numbers, metavar="S[,S,S]", help="likewise")
+    images.add_argument("--interpolation", help="nearest, bilinear, bicubic, lanczos, box or hamming")
+    images.add_argument(
+        "--crop-pct", type=float, metavar="SHARE", help="of the resized image that is seen, such as 0.9"
+    )
+    images.add_argument("--crop-mode", help="center, squash or border, as timm means them")
     quantize.set_defaults(run=_quantize)
 
     evaluate = commands.add_parser(
@@ -136,7 +144,14 @@ def _quantize(arguments: argparse.Namespace) -> None:
     recipe = Recipe() if arguments.recipe is None else Recipe.from_yaml(arguments.recipe)
     model_args = dict(_key_value(text) for text in arguments.model_arg)
     check_output(arguments.out, arguments.force)
-    source = load_model(arguments.model, arch=arguments.arch, model_args=model_args, num_classes=arguments.num_classes)
+    settings = {key: getattr(arguments, key) for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    source = load_model(
+        arguments.model,
+        arch=arguments.arch,
+        model_args=model_args,
+        num_classes=arguments.num_classes,
+        preprocessing={key: value for key, value in settings.items() if value is not None},
+    )
     print(f"{source.spec.architecture}, {sum(p.numel() for p in source.model.parameters()):,} parameters")
     print(f"preprocessing: {source.preprocessing}")
     quantize(
@@ -212,6 +227,11 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """An argument that is one number or several, with commas."""
+    return tuple(float(part) for part in text.split(","))
 
 
 def positive(text: str) -> int:

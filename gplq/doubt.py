@@ -74,8 +74,9 @@ def doubt(labels: Numbers, said: Numbers, num_classes: int, names: Sequence[str]
         examples = "; ".join(f"{called[k]} is mostly taken for {called[all_images[k]]}" for k in moved)
         return (
             f"but {100 * (right.sum() + gain) / len(labels):.2f} % if the classes were numbered otherwise (as one half "
-            f"of each class's images suggests for the other half): {examples}. The data numbers its classes in another "
-            f"order than the model. Give the right one (--class-order, names of folders, label_names). {_GO_ON}"
+            f"of each class's images suggests for the other half): {examples}. Most often the data numbers its classes "
+            "in another order than the model (--class-order, names of folders, label_names); or the images are "
+            f"prepared otherwise than in training. {_GO_ON}"
         )
     low, high = Accuracy(int(right.sum()), len(labels)).interval()
     chance = 100 / num_classes

@@ -98,6 +98,8 @@ def quantize(
     what = {"top1": "top-1", "agreement": "agreement with FP32", "similarity": "cosine with FP32"}[measured]
 
     run = _Run(out.with_name(f"{out.name}.resume"), _fingerprint(source, train_set, test_set, recipe), say)
+    if source.assumed:
+        say(f"assumed: {source.assumed}")
     say(f"bits: {recipe.bits()}")
     results: dict[str, Accuracy | Similarity] = {}
     activations = f"A{recipe.activation_bits}"
@@ -155,6 +157,7 @@ def quantize(
             "class_order": class_order,
             "trust_labels": trust_labels,
         },
+        "preprocessing": source.origins,
         "train_data": train_set.to_dict(),
         "test_data": test_set.to_dict(),
         "seed": recipe.seed,

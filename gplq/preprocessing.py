@@ -1,11 +1,20 @@
 """How an image becomes a tensor: timm's evaluation transform, and where its settings come from."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from timm.data import DEFAULT_CROP_PCT, create_transform
+from timm.data import DEFAULT_CROP_PCT, create_transform, resolve_data_config
+from torch import nn
+
+from gplq.errors import ModelError
+from gplq.survey import input_size
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+CROP_MODES = ("center", "squash", "border")
+# What weights were trained with; the size of the images is the network's.
+SETTINGS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,29 @@ class Preprocessing:
     crop_mode: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what would fail at every image, or prepare it wrongly.
+
+        Raises:
+            ValueError: see above.
+        """
+        channels = self.input_size[0]
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != channels:
+                raise ValueError(f"{name} has {len(values)} numbers {_listed(values)} for {channels} channel(s)")
+        if not all(0 <= value <= 1 for value in self.mean):
+            raise ValueError(f"mean {_listed(self.mean)} is not of pixels in 0 … 1; divide those of 0 … 255 by 255")
+        if not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"std {_listed(self.std)} is not positive")
+        if not 0 <= self.crop_pct < math.inf:
+            raise ValueError(f"crop_pct {self.crop_pct} is no share of the image")
+        for name, value, known in (
+            ("interpolation", self.interpolation, INTERPOLATIONS),
+            ("crop_mode", self.crop_mode, CROP_MODES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} '{value}' is none of {', '.join(known)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -38,6 +70,10 @@ class Preprocessing:
             mean=tuple(float(value) for value in content["mean"]),
             std=tuple(float(value) for value in content["std"]),
         )
+
+    def settings(self) -> dict[str, Any]:
+        """Those of :data:`SETTINGS`; plain data."""
+        return {key: value for key, value in self.to_dict().items() if key in SETTINGS}
 
     def transform(self) -> Any:
         """The evaluation transform: PIL image -> float32 [C, H, W]."""
@@ -74,10 +110,93 @@ class Preprocessing:
             f"divide by {_listed(self.std)}",
         ]
 
+    def __str__(self) -> str:
+        channels, height, width = self.input_size
+        crop = f"crop_pct {self.crop_pct or DEFAULT_CROP_PCT} ({self.crop_mode})"
+        scale = f"mean {_listed(self.mean)}, std {_listed(self.std)}"
+        return f"{channels} x {height} x {width}, {self.interpolation}, {crop}, {scale}"
+
     @property
     def image_mode(self) -> str:
         """The PIL mode that the model wants."""
         return "L" if self.input_size[0] == 1 else "RGB"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A preprocessing, and for each of :data:`SETTINGS` where it comes from.
+
+    Attributes:
+        assumed: in words, what nobody has said; empty if there is nothing.
+    """
+
+    preprocessing: Preprocessing
+    origins: dict[str, str]
+    assumed: str
+
+
+def resolve(model: nn.Module, config: Mapping[str, Any], where: str, given: Mapping[str, Any]) -> Resolved:
+    """What is ``given``, or else what the weights' configuration says, or else what timm assumes, which is said.
+
+    A mean or deviation of another length than the model has channels is spread over them if it is one number, or one
+    number repeated, and refused otherwise.
+
+    Args:
+        model: a timm model, for the size and the channels of its images, and what its architecture's own weights want.
+        config: timm's, of the weights (its ``pretrained_cfg``); empty if they have none.
+        where: it is from, for messages.
+        given: any of :data:`SETTINGS`, by the user.
+
+    Raises:
+        ModelError: some of it cannot be used.
+    """
+    own: dict[str, Any] = {} if config else dict(getattr(model, "pretrained_cfg", {}))
+    merged = {**own, **config, **given}
+    origins = dict.fromkeys(SETTINGS, "assumed: timm's default")
+    for source, name in ((own, _weights_of(own)), (config, where), (given, "given")):
+        origins |= {key: name for key in SETTINGS if source.get(key) not in (None, "", ())}
+    try:
+        found = resolve_data_config({}, pretrained_cfg=merged, model=model)
+        size = input_size(model)
+        spread = {key: _spread(found[key], size[0]) for key in ("mean", "std")}
+        preprocessing = Preprocessing.from_dict({**found, **spread, "input_size": size})
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ModelError(
+            f"the preprocessing cannot be used ({_sources(origins)}): {error}. Give the right one with --mean, --std, "
+            "--interpolation, --crop-pct or --crop-mode."
+        ) from error
+    values = preprocessing.settings()
+    unknown = [key for key in SETTINGS if origins[key].startswith("assumed")]
+    told = ", ".join(f"{key} {_said(values[key])}" for key in unknown)
+    assumed = ""
+    if unknown:
+        as_of = " and ".join(sorted({origins[key].removeprefix("assumed: ") for key in unknown}))
+        assumed = f"{told}, which is {as_of}; {where} does not say ({', '.join(map(_option, unknown))})"
+    return Resolved(preprocessing, origins, assumed)
+
+
+def _weights_of(own: Mapping[str, Any]) -> str:
+    tag = f".{own['tag']}" if own.get("tag") else ""
+    return f"assumed: what timm's own weights {own.get('architecture', '')}{tag} want"
+
+
+def _sources(origins: Mapping[str, str]) -> str:
+    return "; ".join(dict.fromkeys(f"{key} {origin}" for key, origin in origins.items() if key in ("mean", "std")))
+
+
+def _option(setting: str) -> str:
+    """Its option on the command line."""
+    return f"--{setting.replace('_', '-')}"
+
+
+def _said(value: Any) -> str:
+    return _listed(value) if isinstance(value, list) else str(value)
+
+
+def _spread(values: Any, channels: int) -> tuple[float, ...]:
+    """Numbers of the channels, from one, or from equal ones of other channels; as they are if that cannot be."""
+    numbers = (float(values),) if isinstance(values, int | float) else tuple(float(value) for value in values)
+    return numbers[:1] * channels if len(set(numbers)) == 1 else numbers
 
 
 def _listed(numbers: Sequence[float]) -> str:

@@ -117,6 +117,7 @@ def find_float_model(checkpoint: Checkpoint, given: str | None = None) -> FloatM
             arch=spec.architecture if is_file else None,
             model_args=spec.model_args,
             num_classes=spec.num_classes if is_file or spec.num_classes == 0 else None,
+            preprocessing=checkpoint.preprocessing.settings(),
         )
     except ModelError as error:
         if given:

@@ -30,6 +30,9 @@ class Preprocess:
         self.resample = Image.Resampling[settings["interpolation"].upper()]
         fill = tuple(round(255 * value) for value in settings["mean"]) if self.crop_mode == "border" else (0, 0, 0)
         self.fill: int | tuple[int, ...] = fill[0] if self.mode == "L" else fill
+        for key in ("mean", "std"):
+            if len(settings[key]) != channels:
+                raise ValueError(f"{key} has {len(settings[key])} numbers for {channels} channels")
         self.mean, self.std = (np.array(settings[key], np.float32)[:, None, None] for key in ("mean", "std"))
 
     def __call__(self, encoded: bytes) -> NDArray[np.float32]:
