@@ -6,15 +6,18 @@ import contextlib
 import io
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from gplq.errors import GplqError, UsageError
 
 EXIT_CODES = """exit codes: 0 fine, 1 a check failed, 2 usage or configuration, 3 something is missing on this machine,
-4 export or build failed, 5 built but not at the requested precision, 130 interrupted"""
+4 export or build failed, 5 built but not at the requested precision, 130 interrupted (Ctrl-C), 143 (SIGTERM)"""
 DATA = """data (--data, --eval):
   images.npz               train_images, train_labels, test_images, test_labels; or images, labels
   FOLDER                   train/CLASS/*.jpg and val/CLASS/*.jpg; or CLASS/*.jpg; or tar files instead of CLASS folders
@@ -33,28 +36,66 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse, run the subcommand's function, turn every error that a user can cause into a message and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     arguments = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], None] = arguments.run
     try:
         # Of several processes only the first prints; errors come from all.
         first = os.environ.get("RANK", "0") == "0"
-        with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
+        with _without_warnings(), _ended_in_order(), contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
             command(arguments)
             sys.stdout.flush()
     except GplqError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        terminated = isinstance(interruption, _Terminated)
+        print(f"\n{parser.prog}: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
         # CPython notes an interruption inside exec of a string (dataclasses, namedtuples), even one that is caught, and
         # `python -m` then dies of SIGINT whatever code it was to return. The next exec of a string clears the note.
         exec("")
-        return 130
+        return 143 if terminated else 130
     except BrokenPipeError:
         # The reader of our output (head, say) went away; there is nobody to tell.
         sys.stderr.close()
         return 0
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Make SIGTERM what Ctrl-C is: worker processes and temporary files go with us. A second one ends us at once."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep what libraries warn their programmers of out of tables and progress bars, unless Python's -W asks for it.
+
+    Warnings that are to be errors still are.
+    """
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.showwarning = lambda *_, **__: None
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:

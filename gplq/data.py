@@ -13,6 +13,7 @@ import copy
 import hashlib
 import itertools
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,29 +21,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from gplq.errors import DataError
+from gplq.files import printable
+from gplq.folders import open_folder
 from gplq.huggingface import PREFIX, open_dataset
 from gplq.labels import check_labels
+from gplq.pixels import as_mode
 from gplq.preprocessing import Preprocessing
-from gplq.sources import Found, expand, open_folder, open_npz, open_shards
+from gplq.sources import FORMATS, Found, expand, open_npz, open_shards
 
 if TYPE_CHECKING:
     from gplq.checkpoint import Checkpoint
 
 BadImages = Literal["fail", "skip"]
 _NAMED_BAD_IMAGES = 10  # so many are reported one by one
-
-# Pillow converts these to 8 bits by cutting off, not by scaling: nearly every picture becomes white, or black.
-_TOO_WIDE = "{} pixels, whose range nobody knows: convert it to 8 bits a channel"
-WIDE_MODES = {
-    **{mode: _TOO_WIDE.format("16-bit grey") for mode in ("I;16", "I;16L", "I;16B", "I;16N")},
-    "I": _TOO_WIDE.format("16- or 32-bit integer"),
-    "F": _TOO_WIDE.format("floating-point"),
-}
+_BAD = "Repair or remove it and run again; gplq quantize and gplq eval can go on with --skip-bad-images."
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):
@@ -57,6 +55,10 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         source_fingerprint: that of the whole source, also of a set that :meth:`head` made.
         bad_images: whether :func:`batches` fails at an image that cannot be read, or skips it.
         skipped: the numbers of the images that were skipped so far.
+        left_out: how many files and folders could not be taken for images, or not be read.
+
+    Raises:
+        DataError: there are such, and bad images are fatal.
     """
 
     def __init__(self, found: Found, preprocessing: Preprocessing, bad_images: BadImages = "fail") -> None:
@@ -67,7 +69,17 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         self.rows: Sequence[int] = range(len(found.pictures))
         self.labels = [-1] * len(found.pictures) if found.labels is None else found.labels
         self.skipped: set[int] = set()
+        self.left_out = len(found.left_out)
         self._mode, self._transform = preprocessing.image_mode, preprocessing.transform()
+
+        for number, reason in enumerate(found.left_out):
+            if bad_images == "fail":
+                more = f" (and {self.left_out - 1} more)" if self.left_out > 1 else ""
+                raise DataError(f"{reason}{more}. {_BAD}")
+            if number < _NAMED_BAD_IMAGES:
+                tqdm.write(f"skipped: {reason}", file=sys.stderr)
+        if self.left_out > _NAMED_BAD_IMAGES:
+            tqdm.write(f"skipped {self.left_out} files and folders of {self.source}", file=sys.stderr)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,18 +98,21 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     def read_row(self, row: int) -> "Tensor | BadImage":
         """An image, float32 [C, H, W], by its number in the whole source."""
         try:
-            with self.pictures.open(row) as image:
-                if image.mode in WIDE_MODES:
-                    return BadImage(row, f"{self.pictures.name(row)} has {WIDE_MODES[image.mode]}")
-                tensor: Tensor = self._transform(image.convert(self._mode))
+            # What Pillow warns of (odd transparency, damaged notes on the camera) does not change the pixels.
+            with warnings.catch_warnings(action="ignore"), self.pictures.open(row) as image:
+                tensor: Tensor = self._transform(as_mode(image, self._mode))
+        except UnidentifiedImageError:  # its text names a Python object
+            return BadImage(row, f"cannot read {self.pictures.name(row)}: it is none of {', '.join(FORMATS)}")
         except Exception as error:  # Pillow's decoders raise nearly every type there is for damaged files
-            return BadImage(row, f"cannot read {self.pictures.name(row)}: {error}")
+            reason = getattr(error, "strerror", None) or error  # without the number and the name, which is there
+            return BadImage(row, f"cannot read {self.pictures.name(row)}: {reason}")
         return tensor
 
     def to_dict(self) -> dict[str, Any]:
         """What provenance records; plain data."""
         record = {"path": self.source, "sha256": self.fingerprint, "images": len(self)}
-        return {**record, "skipped": len(self.skipped)} if self.skipped else record
+        skipped = len(self.skipped) + self.left_out
+        return {**record, "skipped": skipped} if skipped else record
 
     def head(self, count: int | None) -> "ImageSet":
         """The first ``count`` images, evenly spread over the set so that all classes are met."""
@@ -134,8 +149,7 @@ class BadImage:
 
     def error(self) -> DataError:
         """What to raise if that is fatal."""
-        advice = "Repair or remove it and run again; gplq quantize and gplq eval can go on with --skip-bad-images."
-        return DataError(f"{self.reason}. {advice}")
+        return DataError(f"{self.reason}. {_BAD}")
 
 
 class _Batches(Dataset["_Batch"]):
@@ -197,17 +211,20 @@ def fingerprint(data: str, split: str) -> str:
 def _find(data: str, split: str, need_labels: bool) -> Found:
     if data.startswith(PREFIX):
         return open_dataset(data, split, need_labels)
-    path = Path(data)
-    if path.is_dir():
-        return open_folder(path, split, need_labels)
-    if data.endswith((".tar", ".tar.gz", ".tgz")):
-        return open_shards(expand(data), data, need_labels)
+    path, shown = Path(data), printable(data)
     expected = "--data takes an npz file, a folder of images, tar files or hf:NAME."
-    if not path.exists():
-        raise DataError(f"{path} does not exist. {expected}")
-    if path.suffix == ".npz":
-        return open_npz(path, split, need_labels)
-    raise DataError(f"{path} is neither a folder nor an .npz or .tar file. {expected}")
+    try:
+        if path.is_dir():
+            return open_folder(path, split, need_labels)
+        if data.endswith((".tar", ".tar.gz", ".tgz")):
+            return open_shards(expand(data), shown, need_labels)
+        if not path.exists():
+            raise DataError(f"{shown} does not exist. {expected}")
+        if path.suffix == ".npz":
+            return open_npz(path, split, need_labels)
+    except OSError as error:  # a folder on the way that may not be entered, a link that leads in a circle
+        raise DataError(f"cannot read {printable(error.filename or data)}: {error.strerror or error}.") from error
+    raise DataError(f"{shown} is neither a folder nor an .npz or .tar file. {expected}")
 
 
 def open_test_images(

@@ -70,7 +70,9 @@ def doubt(labels: Numbers, said: Numbers, num_classes: int, names: Sequence[str]
     gain, errors = gained - lost, int((~right).sum())
     if gain >= _ERRORS * errors > 0 and gain >= _DEVIATIONS * math.sqrt(gained + lost):
         all_images = _assignment(labels, said, num_classes)
-        moved = [k for k in np.argsort(-np.bincount(labels, minlength=num_classes)) if all_images[k] != k][:_SHOWN]
+        moved = [k for k in np.argsort(-np.bincount(labels, minlength=num_classes)) if all_images[k] not in (-1, k)][
+            :_SHOWN
+        ]
         examples = "; ".join(f"{called[k]} is mostly taken for {called[all_images[k]]}" for k in moved)
         return (
             f"but {100 * (right.sum() + gain) / len(labels):.2f} % if the classes were numbered otherwise (as one half "
@@ -109,10 +111,12 @@ def _assignment(labels: Numbers, answers: Numbers, num_classes: int) -> Numbers:
     """
     pairs, counts = np.unique(labels * num_classes + answers, return_counts=True)
     rows, columns = pairs // num_classes, pairs % num_classes
-    chosen = np.arange(num_classes)
-    row_free, column_free = np.ones(num_classes, bool), np.ones(num_classes, bool)
+    chosen = np.full(num_classes, -1)  # no answer: what is left for those that come last
+    free = np.ones(num_classes, bool)
     for k in np.lexsort((rows != columns, -counts)):
-        if row_free[rows[k]] and column_free[columns[k]]:
+        if chosen[rows[k]] < 0 and free[columns[k]]:
             chosen[rows[k]] = columns[k]
-            row_free[rows[k]] = column_free[columns[k]] = False
+            free[columns[k]] = False
+    itself = np.flatnonzero((chosen < 0) & free)
+    chosen[itself] = itself
     return chosen

@@ -144,7 +144,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[Callable[[], Path], str]]:
         "float-labels": (npz(images=pixels, labels=labels * 1.0), "labels must be integers; found float64"),
         "pickled-labels": (npz(images=pixels, labels=labels.astype(object)), "without pickled objects"),
         "empty-folder": (lambda: make_folder("void"), "is not an image folder"),
-        "class-without-images": (lambda: make_folder("classes/cat").parent, "is not an image folder"),
+        "class-without-images": (lambda: make_folder("classes/cat").parent, "class and holds no picture"),
         "only-val-folder": (lambda: make_folder("split/val").parent, "no train images: expected a sub-folder train"),
     }
 

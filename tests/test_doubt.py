@@ -76,6 +76,14 @@ def test_guessing_is_found(classes: int, images: int) -> None:
     assert "guessing" in why
 
 
+def test_a_constant_answer_is_guessing_and_no_numbering() -> None:
+    """Taking the constant for another class would be right for that one, and spoil the class that it is."""
+    labels = np.repeat([0, 1, 2, 3], [13, 18, 16, 17])
+    why = doubt(labels, np.zeros(64, np.int64), 4)
+    assert why is not None
+    assert "guessing" in why
+
+
 def test_one_class_in_the_data_is_no_guessing() -> None:
     assert doubt(np.full(50, 3), np.full(50, 3), 10) is None
 

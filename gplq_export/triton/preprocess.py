@@ -51,6 +51,8 @@ class Preprocess:
             if file.mode in ("I", "F") or file.mode.startswith("I;16"):  # Pillow cuts them off: white or black
                 raise ValueError(f"its pixels have more than 8 bits (Pillow's mode {file.mode}): convert it to 8")
             image = file.convert(self.mode)
+            if file.has_transparency_data and _is_constant(image) and not _is_constant(file.convert("RGBA").split()[3]):
+                raise ValueError("its picture is in its transparency alone, which the model does not see")
         image = self._crop(self._resize(image))
         pixels = np.asarray(image, np.float32) / np.float32(255)
         planes = pixels[None] if self.mode == "L" else pixels.transpose(2, 0, 1)
@@ -83,6 +85,10 @@ class Preprocess:
             image = ImageOps.expand(image, (x // 2, y // 2, (x + 1) // 2, (y + 1) // 2), self.fill)
         top, left = round((image.height - self.height) / 2), round((image.width - self.width) / 2)
         return image.crop((left, top, left + self.width, top + self.height))
+
+
+def _is_constant(image: Image.Image) -> bool:
+    return all(low == high for low, high in (band.getextrema() for band in image.split()))
 
 
 def _check_size(height: int, width: int) -> None:
