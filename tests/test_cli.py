@@ -226,6 +226,22 @@ def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(
     assert actual["provenance"]["rotation"]["residual"]
 
 
+@pytest.mark.parametrize(("option", "shown"), [([], False), (["-W", "default"], True)])
+def test_what_libraries_warn_of_is_shown_on_request_only(option: list[str], shown: bool) -> None:
+    program = (
+        "import argparse, logging, warnings\n"
+        "from gplq.cli import run_command\n"
+        "def run(_):\n"
+        "    warnings.warn('odd palette'); logging.getLogger('library').warning('odd shape'); print('table')\n"
+        "parser = argparse.ArgumentParser(); parser.set_defaults(run=run); run_command(parser, [])\n"
+        "logging.getLogger('library').warning('afterwards')"
+    )
+    done = subprocess.run([sys.executable, *option, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "table\n"
+    assert ("odd palette" in done.stderr, "odd shape" in done.stderr) == (shown, shown)
+    assert "afterwards" in done.stderr
+
+
 SLOW = """
 import sys, time
 from gplq.cli import main
