@@ -13,6 +13,7 @@ from gplq.survey import input_size
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CROP_MODES = ("center", "squash", "border")
+GIVEN = "given"  # where a setting comes from: the user
 # What weights were trained with; the size of the images is the network's.
 SETTINGS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -154,7 +155,7 @@ def resolve(model: nn.Module, config: Mapping[str, Any] | None, where: str, give
     config = config or {}
     merged = {**own, **config, **given}
     origins = dict.fromkeys(SETTINGS, "assumed: timm's default")
-    for source, name in ((own, _weights_of(own)), (config, where), (given, "given")):
+    for source, name in ((own, _weights_of(own)), (config, where), (given, GIVEN)):
         origins |= {key: name for key in SETTINGS if source.get(key)}
     try:
         size = input_size(model)
@@ -172,7 +173,7 @@ def resolve(model: nn.Module, config: Mapping[str, Any] | None, where: str, give
     assumed = ""
     if unknown:
         as_of = " and ".join(sorted({origins[key].removeprefix("assumed: ") for key in unknown}))
-        assumed = f"{told}, which is {as_of}; {where} does not say ({', '.join(map(_option, unknown))})"
+        assumed = f"{told}, which is {as_of}; {where} does not say ({', '.join(map(option, unknown))})"
     return Resolved(preprocessing, origins, assumed)
 
 
@@ -185,8 +186,8 @@ def _sources(origins: Mapping[str, str]) -> str:
     return "; ".join(dict.fromkeys(f"{key} {origin}" for key, origin in origins.items() if key in ("mean", "std")))
 
 
-def _option(setting: str) -> str:
-    """Its option on the command line."""
+def option(setting: str) -> str:
+    """The option of ``gplq quantize`` that gives one of :data:`SETTINGS`."""
     return f"--{setting.replace('_', '-')}"
 
 

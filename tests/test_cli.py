@@ -26,7 +26,6 @@ def test_quantise_then_measure(
 ) -> None:
     out = tmp_path / "new" / "model.pt"
     common = ["quantize", str(model_folder), "--data", str(npz_file), "--recipe", str(recipe_file), "--out", str(out)]
-    common.append("--trust-labels")  # of a random model
     assert main(common) == 0
     output = capsys.readouterr().out
     assert [name in output for name in ("FP32 ", "W32A4 ", "W4A4 ", f"wrote {out}")] == [True] * 4
@@ -184,7 +183,7 @@ def long_run(
     folder = tmp_path_factory.mktemp("long")
     recipe = folder / "long.yaml"
     recipe.write_text(fast_recipe(epochs=25, checkpoint_seconds=1e-6).to_yaml())
-    arguments = ["quantize", model_folder, "--trust-labels", "--data", npz_file, "--recipe", recipe, "--out"]
+    arguments = ["quantize", model_folder, "--data", npz_file, "--recipe", recipe, "--out"]
     assert main([str(argument) for argument in (*arguments, folder / "whole.pt")]) == 0
     return arguments, torch.load(folder / "whole.pt", weights_only=True)
 
