@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fast_recipe, make_arrays
+from conftest import fast_recipe, make_arrays, write_model
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
 from gplq.checkpoint import load_checkpoint
 from gplq.cli import main as gplq
@@ -99,9 +100,10 @@ class Knowing:
 
 
 @pytest.fixture(scope="module")
-def knowing(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Knowing:
-    source = load_model(str(model_folder))
+def knowing(tmp_path_factory: pytest.TempPathFactory) -> Knowing:
     folder = tmp_path_factory.mktemp("knowing")
+    model = write_model(folder / "model")
+    source = load_model(str(model))
     for name, seed, order in (("train", 1, [0, 1, 2, 3]), ("right", 2, [0, 1, 2, 3]), ("other", 2, [1, 2, 3, 0])):
         pixels, labels = make_arrays(128, seed)
         np.savez(folder / f"{name}.npz", images=pixels, labels=np.array(order)[labels])
@@ -112,7 +114,8 @@ def knowing(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Kno
         optimizer.zero_grad()
         F.cross_entropy(source.model(inputs), labels).backward()
         optimizer.step()
-    return Knowing(source, *(folder / f"{name}.npz" for name in ("train", "right", "other")))
+    save_file(source.model.state_dict(), model / "model.safetensors")
+    return Knowing(load_model(str(model)), *(folder / f"{name}.npz" for name in ("train", "right", "other")))
 
 
 def test_quantize_stops_before_it_learns_wrong_labels(knowing: Knowing, tmp_path: Path) -> None:
