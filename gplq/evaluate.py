@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from gplq.data import ImageSet, batches
 from gplq.pca import Features
-from gplq.processes import device_of, processes, share, total
+from gplq.processes import device_of, gathered, processes, share, total
 from gplq.progress import progress
 
 
@@ -30,9 +30,9 @@ class Accuracy:
         """The share, in per cent."""
         return 100 * self.correct / self.n
 
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval, in per cent."""
-        z, share = 1.96, self.correct / self.n
+    def interval(self, z: float = 1.96) -> tuple[float, float]:
+        """Wilson's interval, in per cent; that of 95 %, or of another number of standard deviations."""
+        share = self.correct / self.n
         centre = share + z * z / (2 * self.n)
         half = z * math.sqrt(share * (1 - share) / self.n + z * z / (4 * self.n**2))
         return tuple(100 * (centre + sign * half) / (1 + z * z / self.n) for sign in (-1, 1))  # type: ignore[return-value]  # a generator has no length
@@ -111,17 +111,24 @@ def cosines(a: Any, b: Any) -> Tensor:
 
 
 @torch.inference_mode()
-def top1(model: nn.Module, images: ImageSet, what: str, batch_size: int = 128) -> Accuracy:
-    """Top-1 of ``model`` on ``images``; ``what`` names the run in the progress line. Processes share the images."""
+def answers(model: nn.Module, images: ImageSet, what: str, batch_size: int = 128) -> Tensor:
+    """Labels and what ``model`` says, int64 [2, n], of the images that can be read; ``what`` names the model.
+
+    Processes share the images, and all of them get all answers.
+    """
     device = device_of(model)
-    counts = torch.zeros(2, dtype=torch.int64)
+    pairs: list[Tensor] = []
     with progress(len(images), f"{what} top-1", "image") as bar:
         for inputs, labels in batches(images, batch_size, share(range(len(images)))):
-            right = model(inputs.to(device)).argmax(1).cpu() == labels
-            counts += torch.tensor([int(right.sum()), len(labels)])
+            pairs.append(torch.stack([labels, model(inputs.to(device)).argmax(1).cpu()]))
             bar.update(len(labels) * processes().num_processes)
-    correct, count = total(counts).tolist()
-    return Accuracy(correct, count)
+    return torch.cat(gathered(pairs), 1)
+
+
+def top1(model: nn.Module, images: ImageSet, what: str, batch_size: int = 128) -> Accuracy:
+    """Top-1 of ``model`` on ``images``; else as :func:`answers`."""
+    labels, said = answers(model, images, what, batch_size)
+    return Accuracy(int((labels == said).sum()), len(labels))
 
 
 @torch.inference_mode()

@@ -14,6 +14,15 @@ from typing import Any
 from gplq.errors import UsageError
 
 
+def printable(path: str | Path) -> str:
+    r"""A path for messages and records: what is no UTF-8 in it is written as its bytes.
+
+    >>> printable("k\udcfcche")
+    'k\\xfcche'
+    """
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
@@ -91,7 +100,7 @@ def writing_error(path: Path, error: OSError) -> UsageError:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files, as they are
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,21 +3,21 @@
 import hashlib
 import inspect
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import timm
 import torch
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from gplq.convert import check_supported
-from gplq.data import Preprocessing
 from gplq.errors import ModelError
 from gplq.files import sha256
-from gplq.survey import input_size
+from gplq.labels import is_text
+from gplq.preprocessing import SETTINGS, Preprocessing, resolve
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # What timm.create_model takes itself and does not pass on to the architecture. ``checkpoint_path`` is the dangerous
@@ -70,6 +70,8 @@ class FloatModel:
 
     Attributes:
         source: what the user named. ``sha256``: of the weights file, or of the weights for a hub model.
+        origins: where each setting of ``preprocessing`` comes from, see :mod:`gplq.preprocessing`; plain data.
+        assumed: of these settings, in words, those that nobody has stated; empty if there are none.
     """
 
     model: nn.Module
@@ -78,10 +80,17 @@ class FloatModel:
     label_names: list[str] | None
     source: str
     sha256: str
+    origins: dict[str, str] = field(default_factory=dict)
+    assumed: str = ""
 
 
 def load_model(
-    source: str, *, arch: str | None = None, model_args: dict[str, Any] | None = None, num_classes: int | None = None
+    source: str,
+    *,
+    arch: str | None = None,
+    model_args: dict[str, Any] | None = None,
+    num_classes: int | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
 ) -> FloatModel:
     """Load a float model.
 
@@ -92,24 +101,29 @@ def load_model(
         model_args: further arguments of the architecture, such as ``{"img_size": 70}``.
         num_classes: of a weights file; by default found from the classifier's weight. 0 leaves the classifier of
             any model away.
+        preprocessing: any of mean, std, interpolation, crop_pct and crop_mode, where the weights' configuration (the
+            hub's, or a ``config.json`` of timm's with the weights) says nothing or something else.
 
     Raises:
-        ModelError: the model is unknown, the file unreadable, or the weights do not fit.
+        ModelError: the model is unknown, the file unreadable, the weights do not fit, or the preprocessing cannot be
+            used.
     """
-    path, model_args = Path(source), model_args or {}
+    path, model_args, given = Path(source), model_args or {}, dict(preprocessing or {})
+    if foreign := sorted(given.keys() - set(SETTINGS)):
+        raise ModelError(f"the preprocessing has no '{foreign[0]}'; it has {', '.join(SETTINGS)}.")
     if model_args.get("features_only"):
         num_classes = 0
     is_file = path.suffix in WEIGHT_SUFFIXES or path.is_file()
     if not is_file and (arch is not None or num_classes):
         raise ModelError(f"--arch and --num-classes (but 0) belong to a weights file, but '{source}' is not one.")
     if path.is_dir():
-        return _from_folder(path, model_args, num_classes)
+        return _from_folder(path, model_args, num_classes, given)
     if is_file:
-        return _from_file(path, arch, model_args, num_classes)
-    return _from_name(source, model_args, num_classes)
+        return _from_file(path, arch, model_args, num_classes, given)
+    return _from_name(source, model_args, num_classes, given)
 
 
-def _from_name(name: str, model_args: dict[str, Any], num_classes: int | None) -> FloatModel:
+def _from_name(name: str, model_args: dict[str, Any], num_classes: int | None, given: dict[str, Any]) -> FloatModel:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         known = timm.list_models(f"*{architecture[:6]}*")[:3]
@@ -132,35 +146,60 @@ def _from_name(name: str, model_args: dict[str, Any], num_classes: int | None) -
     digest = hashlib.sha256()
     for key, tensor in model.state_dict().items():
         digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
-    return FloatModel(model, spec, _preprocessing(model, config), label_names, name, digest.hexdigest())
+    found = resolve(model, config, f"the configuration of {name}", given)
+    return FloatModel(
+        model,
+        spec,
+        found.preprocessing,
+        label_names,
+        name,
+        digest.hexdigest(),
+        origins=found.origins,
+        assumed=found.assumed,
+    )
 
 
-def _from_folder(folder: Path, extra_args: dict[str, Any], num_classes: int | None) -> FloatModel:
+def _from_folder(
+    folder: Path, extra_args: dict[str, Any], num_classes: int | None, given: dict[str, Any]
+) -> FloatModel:
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     missing = [file.name for file in (config_file, weights_file) if not file.is_file()]
     if missing:
         raise ModelError(f"{folder} lacks {' and '.join(missing)}: not a folder that timm wrote for a model.")
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        pretrained = config.get("pretrained_cfg", {})
+        config = _read_config(config_file)
+        pretrained = config["pretrained_cfg"]
         # timm repeats the number of classes among the arguments.
         stored_args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
         spec = ModelSpec(
             architecture=config["architecture"],
             model_args={**stored_args, **extra_args},
-            num_classes=int(config["num_classes"]) if num_classes is None else num_classes,
+            num_classes=int(config.get("num_classes") or pretrained["num_classes"])
+            if num_classes is None
+            else num_classes,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{config_file} is not a timm model configuration: {error!r}") from error
     model = spec.build()
     _load_weights(model, _of_model(spec, model, read_weights(weights_file)), weights_file)
-    preprocessing = _preprocessing(model, pretrained)
-    found = config.get("label_names") or pretrained.get("label_names")
-    names = None if num_classes == 0 else _label_names(found, spec.num_classes, str(config_file))
-    return FloatModel(model, spec, preprocessing, names, str(folder), sha256(weights_file))
+    names = config.get("label_names") or pretrained.get("label_names") or pretrained.get("labels")
+    label_names = None if num_classes == 0 else _label_names(names, spec.num_classes, str(config_file))
+    found = resolve(model, pretrained, str(config_file), given)
+    return FloatModel(
+        model,
+        spec,
+        found.preprocessing,
+        label_names,
+        str(folder),
+        sha256(weights_file),
+        origins=found.origins,
+        assumed=found.assumed,
+    )
 
 
-def _from_file(path: Path, arch: str | None, model_args: dict[str, Any], num_classes: int | None) -> FloatModel:
+def _from_file(
+    path: Path, arch: str | None, model_args: dict[str, Any], num_classes: int | None, given: dict[str, Any]
+) -> FloatModel:
     if not path.is_file():
         raise ModelError(f"{path} does not exist. Give a timm model name, a model folder, or a weights file.")
     if arch is None:
@@ -171,7 +210,47 @@ def _from_file(path: Path, arch: str | None, model_args: dict[str, Any], num_cla
     spec = ModelSpec(arch, model_args, num_classes)
     model = spec.build()
     _load_weights(model, _of_model(spec, model, weights), path)
-    return FloatModel(model, spec, _preprocessing(model, {}), None, str(path), sha256(path))
+    config, where = _config_beside(path, arch)
+    found = resolve(model, config, where, given)
+    return FloatModel(
+        model,
+        spec,
+        found.preprocessing,
+        None,
+        str(path),
+        sha256(path),
+        origins=found.origins,
+        assumed=found.assumed,
+    )
+
+
+def _config_beside(path: Path, arch: str) -> tuple[dict[str, Any] | None, str]:
+    """What a ``config.json`` of timm's in the folder of a weights file says, if it is about this architecture."""
+    file = path.with_name("config.json")
+    try:
+        config = _read_config(file)
+        if config.get("architecture") == arch.split(".")[0]:
+            return config["pretrained_cfg"], str(file)
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass  # none of timm's: that is no error, as weights were named, and not a folder
+    return None, str(path)
+
+
+def _stored_classes(config: dict[str, Any]) -> int:
+    number = config.get("num_classes")
+    return int(config["pretrained_cfg"]["num_classes"] if number is None else number)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """Timm's ``config.json``; the older kind has one level, where today's has ``pretrained_cfg``.
+
+    Raises:
+        OSError, ValueError, TypeError: it cannot be read, or is nothing of the kind.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not isinstance(config.get("pretrained_cfg", {}), dict):
+        raise TypeError("it is no object, or its pretrained_cfg is none")
+    return config if "pretrained_cfg" in config else {**config, "pretrained_cfg": config}
 
 
 def _label_names(found: Any, num_classes: int, where: str) -> list[str] | None:
@@ -192,18 +271,14 @@ def _label_names(found: Any, num_classes: int, where: str) -> list[str] | None:
         found = [by_index[index] for index in range(len(found))]
     if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
         raise ModelError(f"{where}: label_names must be a list of strings, or a dict of them by class number.")
+    if odd := [name for name in found if not is_text(name)]:
+        raise ModelError(f"{where}: the label {odd[0]!r} is no line of text.")
     if len(found) != num_classes:
         raise ModelError(
             f"{where} names {len(found)} labels ('{found[0]}' … '{found[-1]}'), but the classifier has {num_classes} "
             "classes: correct label_names, or remove it."
         )
     return list(found)
-
-
-def _preprocessing(model: nn.Module, pretrained: dict[str, Any]) -> Preprocessing:
-    """What the weights' configuration (or else the architecture's) says, at the size that the model was built for."""
-    config = resolve_data_config({}, pretrained_cfg=pretrained, model=model)
-    return Preprocessing.from_dict({**config, "input_size": input_size(model)})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

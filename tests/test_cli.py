@@ -188,7 +188,7 @@ def long_run(
     return arguments, torch.load(folder / "whole.pt", weights_only=True)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(
     number: signal.Signals,
     code: int,
@@ -223,3 +223,48 @@ def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(
     assert actual["recipe"]["calibration"]["rotate"]
     assert actual["provenance"]["rotation"] == expected["provenance"]["rotation"]
     assert actual["provenance"]["rotation"]["residual"]
+
+
+@pytest.mark.parametrize(("option", "shown"), [([], False), (["-W", "default"], True)])
+def test_what_libraries_warn_of_is_shown_on_request_only(option: list[str], shown: bool) -> None:
+    program = (
+        "import argparse, logging, warnings\n"
+        "from gplq.cli import run_command\n"
+        "def run(_):\n"
+        "    warnings.warn('odd palette'); logging.getLogger('library').warning('odd shape'); print('table')\n"
+        "parser = argparse.ArgumentParser(); parser.set_defaults(run=run); run_command(parser, [])\n"
+        "logging.getLogger('library').warning('afterwards')"
+    )
+    done = subprocess.run([sys.executable, *option, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "table\n"
+    assert ("odd palette" in done.stderr, "odd shape" in done.stderr) == (shown, shown)
+    assert "afterwards" in done.stderr
+
+
+SLOW = """
+import sys, time
+from gplq.cli import main
+from gplq.sources import Files
+
+read = Files.read
+Files.read = lambda self, row: time.sleep(0.5) or read(self, row)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="asks Linux for the children of a process")
+def test_sigterm_leaves_no_process_behind(quantised: Quantised, image_folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    arguments = [sys.executable, str(script), "eval", str(quantised.path), "--data", str(image_folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # as many read images
+    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + 60
+        while len(workers := children.read_text().split()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.terminate()
+        error = process.communicate(timeout=60)[1]
+    assert (process.returncode, error) == (143, "\ngplq: terminated\n")
+    assert len(workers) == 2
+    assert [worker for worker in workers if Path(f"/proc/{worker}").exists()] == []
