@@ -9,7 +9,7 @@ twin-fp32          the checkpoint, quantisers off      model.fp32.onnx, ONNX Run
 twin-fp16          the same                            model.fp16.onnx, ONNX Runtime
 fp16.plan          the same                            model.fp16.plan, TensorRT
 int4               the checkpoint                      model.int4.onnx, ONNX Runtime without optimisation
-int4-optimised     that                                model.int4.onnx, ONNX Runtime with all optimisation
+int4-optimised     the checkpoint                      model.int4.onnx, ONNX Runtime as anybody gets it
 cpu, openvino      the checkpoint                      the deployment file, in its runtime
 trt-int4 ...       the checkpoint                      what the engine is built from, ONNX Runtime, FP16
 trt-int4.plan ...  the checkpoint                      the engine, TensorRT
@@ -69,16 +69,21 @@ _FLIPS, _PICTURES = 200, 24
 
 @dataclass(frozen=True)
 class Back:
-    """A back end for quantised files on CPUs. ``ties``: see :func:`compare_forced`."""
+    """Where the quantised file of a kind runs on CPUs. ``ties``, ``whole_blocks``: see :func:`compare_forced`."""
 
+    file: str
     runtime: Runtime
     words: str
     ties: bool = False
+    whole_blocks: bool = False
 
 
-DEPLOYMENTS = {
-    "cpu": Back(onnxruntime_optimised, _OPTIMISED),
-    "openvino": Back(openvino_optimised, "OpenVINO on the CPU", ties=True),
+_REFERENCE = Back("int4", onnxruntime_reference, _ORT)
+# Those that rearrange a file before they run it, by pair.
+OPTIMISED = {
+    "int4-optimised": Back("int4", onnxruntime_optimised, _OPTIMISED, whole_blocks=True),
+    "cpu": Back("cpu", onnxruntime_optimised, _OPTIMISED),
+    "openvino": Back("openvino", openvino_optimised, "OpenVINO on the CPU", ties=True),
 }
 _TWINS: dict[str, type[AnotherSummationOrder | HalfPrecision]] = {"fp32": AnotherSummationOrder, "fp16": HalfPrecision}
 
@@ -187,8 +192,8 @@ class _Chain:
             self._twin(kind)
         self._plans(twin=True)
         self._int4()
-        for kind in DEPLOYMENTS:
-            self._deployment(kind)
+        for name, back in OPTIMISED.items():
+            self._optimised(name, back)
         for kind in self._engine_graphs():
             self._engine_graph(kind)
         self._plans(twin=False)
@@ -210,16 +215,14 @@ class _Chain:
                 few[f"twin-{kind}"] = self._compare("off", kind)
         if "int4" in files.paths and self._member("int4", self._reference):
             on_all["int4"] = self._compare("torch", "int4", codes=self.quantizers)
-            if self._member("int4-optimised", partial(self._whole, "int4", onnxruntime_optimised)):
-                on_all["int4-optimised"] = self._compare("int4", "int4-optimised")
-        for kind, back in DEPLOYMENTS.items():
-            if kind not in files.paths:
+        for name, back in OPTIMISED.items():
+            if back.file not in files.paths:
                 continue
-            marked = partial(self._marked, kind, back.runtime)
-            if self._member(f"{kind}-marked", marked) and self._member(kind, partial(self._whole, kind, back.runtime)):
-                on_all[kind] = self._compare("torch", kind)
-                few[f"{kind}-marked"] = self._compare("torch", f"{kind}-marked", codes=self.quantizers)
-                few[f"{kind}-debug"] = self._compare(f"{kind}-marked", kind)
+            marked, whole = (partial(make, back.file, back.runtime) for make in (self._marked, self._whole))
+            if self._member(f"{name}-marked", marked) and self._member(name, whole):
+                on_all[name] = self._compare("torch", name)
+                few[f"{name}-marked"] = self._compare("torch", f"{name}-marked", codes=self.quantizers)
+                few[f"{name}-debug"] = self._compare(f"{name}-marked", name)
         for kind in self._engine_graphs():
             if self._member(kind, partial(self._whole, kind, onnxruntime_reference)):
                 few[kind] = self._compare("torch", kind)
@@ -240,7 +243,7 @@ class _Chain:
             few["floor-off-half"] = self._compare("off", "off-half")
         if any(name.endswith("-marked") for name in few):
             few["floor-order"] = self._compare("torch", "torch-order", codes=self.quantizers)
-        if any(each.reference in ("torch", "int4") and name != "float" for name, each in on_all.items()):
+        if any(each.reference == "torch" and name != "float" for name, each in on_all.items()):
             on_all["floor-order"] = self._compare("torch", "torch-order", codes=self.quantizers)
         for table, half in (
             (few, self._engine_graphs()),
@@ -258,13 +261,12 @@ class _Chain:
 
     def _member(self, kind: str, make: Callable[[], Member]) -> bool:
         """Add a member, if it can run here, and computes what has the right shapes."""
-        file = kind.removesuffix("-optimised")
-        if file in self.files.broken and file.endswith(".plan"):
-            self.skipped[kind] = self.files.broken[file]
+        if kind in self.files.broken and kind.endswith(".plan"):
+            self.skipped[kind] = self.files.broken[kind]
             return False
         try:
             member = make()
-            if not file.endswith(".plan"):  # which knows its shapes, and takes the batches that it was built for
+            if not kind.endswith(".plan"):  # which knows its shapes, and takes the batches that it was built for
                 check_shapes(member, self.members["torch"], self.one)
         except GplqError as error:
             self.skipped[kind] = error
@@ -444,39 +446,32 @@ class _Chain:
             self.judge.free(pair)
 
     def _int4(self) -> None:
-        if "int4" not in self.files.paths:
-            return
-        ran = "int4" in self.on_all
-        layers = self._layers(self.on_all["int4"], self.on_all["floor-order"]) if ran else None
-        if not self._quantised("int4", Back(onnxruntime_reference, _ORT), layers):
-            return
-        words, file = AnotherSummationOrder.words, self.files.paths["int4"].name
-        optimised = self._pair("int4-optimised", f"{file}, {_ORT}", f"{file}, {_OPTIMISED}", file, "floor-order", words)
-        if optimised is not None:
-            self.judge.free(optimised)
+        if "int4" in self.files.paths:
+            ran = "int4" in self.on_all
+            layers = self._layers(self.on_all["int4"], self.on_all["floor-order"]) if ran else None
+            self._quantised("int4", _REFERENCE, layers)
 
-    def _deployment(self, kind: str) -> None:
-        if kind not in self.files.paths:
+    def _optimised(self, name: str, back: Back) -> None:
+        if back.file not in self.files.paths:
             return
         layers, debug = None, None
-        if kind in self.on_all:
-            layers = self._layers(self.on_few[f"{kind}-marked"], self.on_few["floor-order"])
-            debug = _debug(self.on_few[f"{kind}-debug"])
-        self._quantised(kind, DEPLOYMENTS[kind], layers, debug)
+        if name in self.on_all:
+            layers = self._layers(self.on_few[f"{name}-marked"], self.on_few["floor-order"])
+            debug = _debug(self.on_few[f"{name}-debug"])
+        self._quantised(name, back, layers, debug)
 
-    def _quantised(self, kind: str, back: Back, layers: list[Layer] | None, debug: str | None = None) -> bool:
-        """A file that computes in FP32 between its codes, fed by PyTorch and on its own; whether it ran."""
-        file = self.files.paths[kind].name
+    def _quantised(self, name: str, back: Back, layers: list[Layer] | None, debug: str | None = None) -> None:
+        """A file that computes in FP32 between its codes, fed by PyTorch and on its own."""
+        file = self.files.paths[back.file].name
         words, order = f"{file}, {back.words}", AnotherSummationOrder.words
-        forced = self._forced(kind, back) if kind in self.on_all else None
-        pair = self._pair(kind, _CHECKPOINT, words, file, "floor-order", order, layers, forced=forced, debug=debug)
+        forced = self._forced(name, back) if name in self.on_all else None
+        pair = self._pair(name, _CHECKPOINT, words, file, "floor-order", order, layers, forced=forced, debug=debug)
         if pair is None:
-            return False
+            return
         assert pair.forced is not None
         self.judge.forced(pair, pair.forced)
         self.judge.free(pair)
         self.judge.accuracy(pair, "back_end_drop")
-        return True
 
     def _engine_graph(self, kind: str) -> None:
         """What an engine is asked to compute, on any machine; whether it does is for the plan to show."""
@@ -505,17 +500,18 @@ class _Chain:
             self.judge.free(pair)
             self.judge.accuracy(pair, "back_end_drop")
 
-    def _forced(self, kind: str, back: Back) -> Any:
+    def _forced(self, name: str, back: Back) -> Any:
         thresholds = self.settings.thresholds
         return compare_forced(
             self.checkpoint.model,
-            self._graph(kind),
+            self._graph(back.file),
             (inputs for inputs, _ in self.few.batches(self.batch_size)),
             self.few.count,
-            self.files.paths[kind].name,
-            block_limit=thresholds[thresholds.of("forced_blocks", kind)],
+            self.files.paths[back.file].name,
+            block_limit=thresholds[thresholds.of("forced_blocks", name)],
             runtime=back.runtime,
             ties=back.ties,
+            whole_blocks=back.whole_blocks,
         )
 
     def _layers(self, found: Comparison, floor: Comparison) -> list[Layer]:

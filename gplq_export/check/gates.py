@@ -232,7 +232,9 @@ class Judge:
             limit = 100 - factor * (100 - floor.agreement.low)
             self._against_floor(pair, "free.labels", found.agreement, floor.agreement, limit, "% of labels equal")
         limit = 1 - factor * (1 - floor.cosine_p01.low) - self.thresholds["cosine_resolution"]
-        self._against_floor(pair, "free.cosine_p01", found.cosine_p01, floor.cosine_p01, limit, "cosine")
+        lost = self.thresholds["gross_factor"] * (1 - floor.cosine.value) + self.thresholds["gross_cosine"]
+        gross = not found.cosine.value >= 1 - lost  # NaN is no closeness
+        self._against_floor(pair, "free.cosine_p01", found.cosine_p01, floor.cosine_p01, limit, "cosine", gross=gross)
         if found.kl is not None and floor.kl is not None:
             limit = factor * floor.kl.high + self.thresholds["kl_resolution"]
             inside = found.kl.low <= limit
@@ -241,14 +243,33 @@ class Judge:
             self._layers(pair)
 
     def _against_floor(
-        self, pair: Pair, metric: str, found: Estimate, floor: Estimate, limit: float, unit: str
+        self,
+        pair: Pair,
+        metric: str,
+        found: Estimate,
+        floor: Estimate,
+        limit: float,
+        unit: str,
+        *,
+        gross: bool = False,
     ) -> None:
-        self._floor_gate(pair, metric, found.high >= limit, found, floor, limit, unit)
+        self._floor_gate(pair, metric, found.high >= limit, found, floor, limit, unit, gross=gross)
 
     def _floor_gate(
-        self, pair: Pair, metric: str, inside: bool, found: Estimate, floor: Estimate, limit: float, unit: str
+        self,
+        pair: Pair,
+        metric: str,
+        inside: bool,
+        found: Estimate,
+        floor: Estimate,
+        limit: float,
+        unit: str,
+        *,
+        gross: bool = False,
     ) -> None:
-        enough = found.n >= self.thresholds["few_images"]
+        """``gross``: so far off that no image more is needed to fail."""
+        enough = found.n >= self.thresholds["few_images"] or gross
+        inside = inside and not gross
         self.add(
             pair.name,
             metric,
