@@ -230,7 +230,10 @@ class Judge:
         factor = self.thresholds["floor_factor"]
         if found.agreement is not None and floor.agreement is not None:
             limit = 100 - factor * (100 - floor.agreement.low)
-            self._against_floor(pair, "free.labels", found.agreement, floor.agreement, limit, "% of labels equal")
+            gross = found.agreement.value < floor.agreement.low
+            self._against_floor(
+                pair, "free.labels", found.agreement, floor.agreement, limit, "% of labels equal", gross=gross
+            )
         limit = 1 - factor * (1 - floor.cosine_p01.low) - self.thresholds["cosine_resolution"]
         lost = self.thresholds["gross_factor"] * (1 - floor.cosine.value) + self.thresholds["gross_cosine"]
         gross = not found.cosine.value >= 1 - lost  # NaN is no closeness
@@ -267,21 +270,19 @@ class Judge:
         *,
         gross: bool = False,
     ) -> None:
-        """``gross``: so far off that no image more is needed to fail."""
-        enough = found.n >= self.thresholds["few_images"] or gross
-        inside = inside and not gross
+        """``gross``: so far off that few images show it."""
+        few = found.n < self.thresholds["few_images"]
+        beyond = f": beyond twice what {pair.floor_is} changes"
+        status: Status | bool = inside
+        if few:
+            status = "failed" if gross else "reported"
+            beyond += ", by so much that few images show it" if gross else ", on too few images to judge"
         self.add(
             pair.name,
             metric,
-            inside if enough else "reported",
+            status,
             f"{_number(found)} {unit}, noise floor {_number(floor)}"
-            + (
-                "."
-                if inside
-                else f": beyond twice what {pair.floor_is} changes."
-                if enough
-                else f": beyond twice what {pair.floor_is} changes, on too few images to judge."
-            ),
+            + ("." if inside and status != "failed" else f"{beyond}."),
             "floor_factor",
             found=found.value,
             interval=(found.low, found.high),

@@ -45,9 +45,9 @@ def _has_bias(node: ir.Node | None) -> bool:
 def _hold(graph: ir.Graph, quantize: ir.Node) -> None:
     scale, zero_point = constant(quantize.inputs[1]), constant(_zero_point(quantize))
     assert scale is not None and zero_point is not None and quantize.name is not None  # targets write constants
-    lowest = CODE_LIMITS[_zero_point(quantize).dtype][0] - int(zero_point)
+    lowest, _ = CODE_LIMITS[ir.DataType.from_numpy(zero_point.dtype)]
     name = quantize.name.replace("/QuantizeLinear", "/Max")
-    tensor = ir.Tensor(np.asarray(lowest * scale, scale.dtype), name=f"{name}.lowest")
+    tensor = ir.Tensor(np.asarray((lowest - int(zero_point)) * scale, scale.dtype), name=f"{name}.lowest")
     value = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(()))
     graph.register_initializer(value)
     held = ir.node("Max", [quantize.inputs[0], value], name=name)
