@@ -675,7 +675,7 @@ def _int8_transpose(graph: QdqGraph) -> Found:
     "error",
     "ort",
     consequence="ONNX Runtime's optimiser drops the Relu or rounds the bias: other numbers; the others it cannot load.",
-    fix="A Max with the value of the lowest code in front of QuantizeLinear: it changes no code, and nothing merges it.",
+    fix="A Max with the value of the lowest code in front of QuantizeLinear: codes stay, and nothing merges it.",
     source=f"{_ORT} (ReluQuantRewrite, ClipQuantRewrite, WeightBiasQuantization)",
 )
 def _merged_quantizer(graph: QdqGraph) -> Found:
