@@ -40,7 +40,7 @@ from gplq.convert import units
 from gplq.errors import GplqError, MissingError
 from gplq.models import FloatModel
 from gplq.provenance import environment
-from gplq_export.check.baseline import judge_baseline, judge_golden, judge_range
+from gplq_export.check.baseline import judge_baseline, judge_closeness, judge_golden, judge_range
 from gplq_export.check.capture import AnotherSummationOrder, Capture, HalfPrecision
 from gplq_export.check.forced import compare_forced
 from gplq_export.check.free import Comparison, Member, Seen, StateFile, compare, stream
@@ -182,7 +182,8 @@ class _Chain:
         judge_golden(self.source, self.checkpoint, self.judge)
         ours = next((name for name, each in self.on_all.items() if each.reference == "torch"), "")
         float_top, our_top = self._top("float", "reference"), self._top(ours, "reference")
-        judge_baseline(self.judge, self.checkpoint.provenance, float_top, our_top, self.settings.expected_top1)
+        if self.classifies:
+            judge_baseline(self.judge, self.checkpoint.provenance, float_top, our_top, self.settings.expected_top1)
         self._float()
         self._rounding()
         if any(kind.startswith(("fp16", "trt-")) for kind in self.files.paths):
@@ -423,8 +424,8 @@ class _Chain:
         self.skipped.setdefault("float", "the float model was not found: name it with --float")
         model = self.settings.float_model
         pair = self._pair("float", f"the float model {model.source if model else ''}", _CHECKPOINT, None)
+        judge_closeness(self.judge, self.checkpoint, None if self.settings.random else pair)
         if pair is not None:
-            self.judge.free(pair)
             self.judge.accuracy(pair, "top1_drop")
 
     def _rounding(self) -> None:
