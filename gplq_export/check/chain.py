@@ -37,7 +37,7 @@ from torch import Tensor
 from gplq import __version__
 from gplq.checkpoint import Checkpoint, frozen_quantizers
 from gplq.convert import units
-from gplq.errors import GplqError, MissingError
+from gplq.errors import BuildError, GplqError, MissingError, UsageError
 from gplq.models import FloatModel
 from gplq.provenance import environment
 from gplq_export.check.baseline import judge_baseline, judge_closeness, judge_golden, judge_range
@@ -162,6 +162,7 @@ class _Chain:
         self.quantizers = list(frozen_quantizers(checkpoint.model))
         self.pairs: list[Pair] = []
         self.skipped: dict[str, str | GplqError] = {}  # member -> why it cannot run
+        self.files_run: set[str] = set()  # members that are files
         self.on_all: dict[str, Comparison] = {}
         self.on_few: dict[str, Comparison] = {}
         self.members: dict[str, Member] = {
@@ -273,6 +274,7 @@ class _Chain:
             self.skipped[kind] = error
             return False
         self.members[kind] = member
+        self.files_run.add(kind)
         return True
 
     @cached_property
@@ -335,22 +337,28 @@ class _Chain:
         return min(max(_CAPTURED // one, 1), _LARGEST_BATCH)
 
     def _stream(self) -> None:
-        size = self.batch_size
-        stream(
-            self.members,
-            self.on_few,
-            lambda start: self.few.batches(size, start),
-            self.few.count,
-            "twins and layers",
-        )
-        for name in {name for each in self.on_few.values() for name in (each.reference, each.candidate)}:
-            if not any(name in (each.reference, each.candidate) for each in self.on_all.values()):
+        few, whole, on_all = self.few, self.source, self.on_all
+        self._run(self.on_few, few, "twins and layers")
+        for name in {name for each in self.on_few.values() for name in each.members}:
+            if not any(name in each.members for each in on_all.values()):
                 del self.members[name]
-        if self.on_all:
-            what = f"the chain, {len(self.on_all)} comparisons"
-            whole = self.source
-            stream(self.members, self.on_all, lambda start: whole.batches(size, start), whole.count, what, self.state)
+        if on_all:
+            self._run(on_all, whole, f"the chain, {len(on_all)} comparisons", self.state)
         self.members.clear()  # sessions and engines: what follows needs the memory
+
+    def _run(
+        self, comparisons: dict[str, Comparison], source: Source, what: str, state: StateFile | None = None
+    ) -> None:
+        size = self.batch_size
+        self.skipped |= stream(
+            self.members,
+            comparisons,
+            lambda start: source.batches(size, start),
+            source.count,
+            what,
+            state,
+            may_fail=self.files_run,
+        )
 
     # Pairs and their gates.
 
@@ -455,17 +463,23 @@ class _Chain:
     def _optimised(self, name: str, back: Back) -> None:
         if back.file not in self.files.paths:
             return
-        layers, debug = None, None
-        if name in self.on_all:
-            layers = self._layers(self.on_few[f"{name}-marked"], self.on_few["floor-order"])
-            debug = _debug(self.on_few[f"{name}-debug"])
-        self._quantised(name, back, layers, debug)
+        marked, debug = (self.on_few.get(f"{name}-{what}") for what in ("marked", "debug"))
+        if name not in self.on_all or marked is None or debug is None:
+            self.on_all.pop(name, None)  # one of its builds did not run
+            self._quantised(name, back, None)
+        else:
+            self._quantised(name, back, self._layers(marked, self.on_few["floor-order"]), _debug(debug))
 
     def _quantised(self, name: str, back: Back, layers: list[Layer] | None, debug: str | None = None) -> None:
         """A file that computes in FP32 between its codes, fed by PyTorch and on its own."""
         file = self.files.paths[back.file].name
         words, order = f"{file}, {back.words}", AnotherSummationOrder.words
-        forced = self._forced(name, back) if name in self.on_all else None
+        forced = None
+        try:
+            forced = self._forced(name, back) if name in self.on_all else None
+        except (UsageError, BuildError) as error:  # it runs as a whole, and not in the parts that are fed
+            self.skipped[name] = error
+            del self.on_all[name]
         pair = self._pair(name, _CHECKPOINT, words, file, "floor-order", order, layers, forced=forced, debug=debug)
         if pair is None:
             return
