@@ -102,5 +102,8 @@ def test_with_the_float_model_it_is_measured(checkpoint: Checkpoint, pair: Pair,
 def test_record_goes_before_a_measurement_on_few_images(checkpoint: Checkpoint) -> None:
     assert judged(checkpoint, recorded(), compared(29, n=29)).n == 128
     assert judged(checkpoint, recorded(), compared(30, n=30)).n == 30
+    # Nor do few labels say how accurate it is.
+    accurate = {**recorded(percent=10), "top1": {"FP32": {"percent": 50.0}, "W4A4": {"percent": 60.0}}}
+    assert judged(checkpoint, accurate, compared(0, n=8, top1=(3, 1))).status == "passed"
     # What stands in front of the classifier is not compared again.
     assert judged(checkpoint, recorded(cosine=0.39), compared(30, n=30)).status == "failed"

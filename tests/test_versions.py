@@ -40,5 +40,6 @@ def test_lower_bound_is_the_version_that_is_tried(package: str) -> None:
     assert not any(tried[len(bound) :]) or package.startswith("tensorrt")  # 1.6 was never released as such
 
 
-def test_image_of_a_server_must_have_what_pyproject_asks_for() -> None:
-    assert bounds()["onnxruntime"] == bounds()["onnxruntime-gpu"] == OLDEST_ONNXRUNTIME
+def test_image_of_a_server_may_be_older_than_what_checks() -> None:
+    assert bounds()["onnxruntime"] == bounds()["onnxruntime-gpu"]
+    assert version_numbers(OLDEST_ONNXRUNTIME) <= version_numbers(bounds()["onnxruntime"])

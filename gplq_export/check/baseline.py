@@ -146,7 +146,7 @@ def judge_closeness(judge: Judge, checkpoint: Checkpoint, pair: Pair | None) -> 
         parts.append(f"cosine of its {what} {cosine.value:.4f}")
         if limits.misses_cosine(cosine.value):
             misses.append(f"{what}, limit {limits.cosine:g}")
-    as_good = bool(misses) and _is_as_accurate(pair, checkpoint.provenance)
+    as_good = bool(misses) and _is_as_accurate(None if now is None else pair, checkpoint.provenance)
     few = measured.n < judge.thresholds["few_images"]
     judge.add(
         FLOAT,
