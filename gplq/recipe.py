@@ -139,6 +139,14 @@ class Limits(_Section):
     agreement: float = Field(80.0, ge=0, le=100, description="per cent of images that get the float model's label")
     cosine: float = Field(0.8, ge=0, le=1, description="of the features, mean over images")
 
+    def misses_agreement(self, interval: tuple[float, float]) -> bool:
+        """Whether too few labels agree, given the 95 % interval of the share: few images alone condemn nobody."""
+        return interval[1] < self.agreement
+
+    def misses_cosine(self, cosine: float) -> bool:
+        """Whether features are too far apart; NaN is no closeness."""
+        return not cosine >= self.cosine
+
 
 class Recipe(_Section):
     """Everything that decides how a model is quantised."""

@@ -725,6 +725,34 @@ def _int8_transpose(graph: QdqGraph) -> Found:
 
 
 @_rule(
+    "merged-quantizer",
+    "error",
+    "ort",
+    consequence="ONNX Runtime's optimiser drops the Relu or rounds the bias: other numbers; the others it cannot load.",
+    fix="A Max with the value of the lowest code in front of QuantizeLinear: codes stay, and nothing merges it.",
+    source=f"{_ORT} (ReluQuantRewrite, ClipQuantRewrite, WeightBiasQuantization)",
+)
+def _merged_quantizer(graph: QdqGraph) -> Found:
+    crossed = (*_MOVED_BY_ORT, "Relu", "Clip", "MaxPool")
+    for node in graph.activation_quantizers:
+        merged = {"INT4": ("Relu", "Clip", "MaxPool"), "UINT4": ("Clip", "MaxPool")}.get(code_type(node).name, ())
+        before = producer(operand(node, 0))
+        while before is not None and is_op(before, *crossed):
+            if is_op(before, *merged):
+                yield node, f"{code_type(node).name} behind {before.op_type}"
+                break
+            before = producer(operand(before, 0))
+        if before is not None and is_op(before, "Conv") and operand(before, 2) is not None and _has_four_bits(before):
+            yield node, "behind a Conv of 4-bit codes with a bias"
+
+
+def _has_four_bits(conv: ir.Node) -> bool:
+    """Whether both factors are quantised, and one of them to 4 bits."""
+    factors = [producer(operand(conv, index)) for index in (0, 1)]
+    return all(map(is_dequantize, factors)) and any(it is not None and code_type(it) in _FOUR for it in factors)
+
+
+@_rule(
     "static-batch",
     "warning",
     "ort",

@@ -13,6 +13,9 @@ import numpy as np
 import onnx
 
 from gplq.errors import BuildError, MissingError, UsageError
+from gplq_export.onnx_file import printable
+
+_LONGEST = 500  # characters of what a runtime says
 
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 Runtime = Callable[[bytes], Run]
@@ -76,8 +79,8 @@ def onnxruntime_session(model: bytes | str, level: Literal["DISABLE_ALL", "ENABL
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # a type of its own for each status code
-        first_line = str(error).strip().splitlines()[0]
-        raise BuildError(f"ONNX Runtime {ort.__version__} cannot load the file: {first_line}") from error
+        reason = printable(str(error) or type(error).__name__)[:_LONGEST]
+        raise BuildError(f"ONNX Runtime {ort.__version__} cannot load the file: {reason}") from error
 
 
 def reference_session(model: bytes | str) -> Any:
@@ -134,7 +137,8 @@ def _explained(runtime: str) -> Iterator[None]:
     except MissingError:
         raise
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line and not line.startswith("Exception from")), "")
+        lines = [line for line in str(error).splitlines() if not line.startswith("Exception from")]
+        reason = printable(" ".join(lines) or type(error).__name__)[:_LONGEST]
         raise UsageError(f"{runtime} cannot run the graph: {reason}") from error
 
 

@@ -175,7 +175,7 @@ def one_level_wide(quantizer: str) -> Change:
     """A clamp in front of four bits that are carried by eight lets one more negative code pass."""
 
     def change(model: ir.Model) -> None:
-        clamp = node(model, f"{quantizer}/Max")
+        clamp = node(model, f"{quantizer}/Clip")
         assert clamp.inputs[1] is not None and clamp.inputs[1].const_value is not None
         name = f"{quantizer}.wider"
         array = clamp.inputs[1].const_value.numpy() - np.uint8(1)

@@ -106,7 +106,7 @@ def test_thresholds_and_max_drop_reach_the_gates(dist: Path, few: Path, tmp_path
     assert call(dist, "--data", few, *flags) == 0
     report = report_of(dist / "reports")
     gates = {gate.id: gate for gate in report.gates}
-    assert report.thresholds_version == "mine.yaml, on 1.0"
+    assert report.thresholds_version == "mine.yaml, on 1.1"
     assert (gates["float.top1"].limit, gates["float.top1"].why) == (77, "Given with --max-drop.")
     assert gates["float.top1"].status == "passed"  # judged, although they are so few
     assert gates["data.top1"].limit == 19

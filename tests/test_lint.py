@@ -29,6 +29,7 @@ TYPES: dict[str, Any] = {
     "UINT8": np.uint8,
     "INT16": np.int16,
     "INT32": np.int32,
+    "INT64": np.int64,
     "INT4": ml_dtypes.int4,
     "UINT4": ml_dtypes.uint4,
     "FP8": ml_dtypes.float8_e4m3fn,
@@ -185,6 +186,27 @@ def moved_codes(code: str, zero: int = 0, opset: int = 21, behind: str = "Relu")
     return g.proto(g.linear(y, "fc"))
 
 
+def behind_relu(*held: str, code: str = "INT4") -> Any:
+    """A linear whose input is quantised behind a Relu and a Reshape, with or without what holds the quantiser."""
+
+    def before(g: Graph, x: str) -> str:
+        shape = g.constant("shape", [0, TOKENS, WIDTH], "INT64")
+        moved = g.node("Reshape", [g.node("Relu", [x], "relu"), shape], "reshape")
+        return g.node("Max", [moved, g.constant("lowest", -8 * 0.125)], "held") if held else moved
+
+    return linear({"code": code}, {"code": "INT4"}, before, floats="FP32")
+
+
+def convolution(bias: bool) -> Any:
+    """A convolution over tokens, of 4-bit codes, which is quantised again."""
+    g = Graph("FP32")
+    codes = g.constant("codes", g.random.integers(-7, 8, (TOKENS, TOKENS, 1)), "INT4")
+    weight = g.node("DequantizeLinear", [codes, g.constant("scale", np.full(TOKENS, 0.3))], "weight", axis=0)
+    inputs = [g.quantised("x", "conv.x", 0.5, "INT4"), weight]
+    inputs += [g.constant("bias", g.random.normal(size=TOKENS))] if bias else []
+    return g.proto(g.linear(g.quantised(g.node("Conv", inputs, "conv"), "fc.x", code="UINT8"), "fc"))
+
+
 def dynamic_scale() -> Any:
     g = Graph()
     largest = g.node("ReduceMax", ["x"], "largest", keepdims=0)
@@ -324,6 +346,7 @@ CASES: dict[str, tuple[Any, str, Any]] = {
     "attention-shape": (attention(tokens=513), "softmax", attention(tokens=512)),
     "consecutive-qdq": (twice(0.1), "fc.x.quantize", twice(0.25)),
     "int8-transpose": (moved_codes("INT8"), "fc.x.dequantize", moved_codes("UINT8", 128)),
+    "merged-quantizer": (behind_relu(), "fc.x.quantize", behind_relu("held")),
     "static-batch": (cpu(batch=2), "fc", cpu()),
     "skip-layer-normalization": (skip_norm(), "norm", cpu()),
     "fp16-codes": (linear({"code": "UINT8", "zero": 128}), "fc", cpu()),
@@ -565,10 +588,16 @@ def test_onnx_runtime_computes_with_any_scale() -> None:
     assert len(np.unique(compute(cpu(activation=zero)))) < 3  # every input is lost
 
 
-@pytest.mark.parametrize("rule", ["consecutive-qdq", "weight-only"])
+@pytest.mark.parametrize("rule", ["consecutive-qdq", "merged-quantizer", "weight-only"])
 def test_onnx_runtime_computes_other_numbers(rule: str) -> None:
     for proto, same in ((CASES[rule][0], False), (CASES[rule][2], True)):
         assert np.allclose(compute(proto), compute(proto, "ORT_DISABLE_ALL"), atol=1e-4) == same
+
+
+@pytest.mark.parametrize("proto", [convolution(True), convolution(False), behind_relu(code="UINT4"), behind_relu()])
+def test_quantisers_are_merged_exactly_if_onnx_runtime_computes_other_numbers(proto: Any) -> None:
+    same = np.allclose(compute(proto), compute(proto, "ORT_DISABLE_ALL"), atol=1e-3)
+    assert ("merged-quantizer" in found(proto)) == (not same)
 
 
 def test_onnx_runtime_rounds_a_product_that_is_quantised_again(tmp_path: Path) -> None:

@@ -89,9 +89,28 @@ def test_the_verdict_names_the_cause_and_what_was_not_checked() -> None:
     assert found.word == "FAILED"
     assert "pair-0.forced.codes: 3 codes differ in blocks.3.attn.qkv." in found.sentences[1]
     assert found.sentences[2] == "Not checked: trt-int4.plan."
+    assert found.sentences[3] == "Not judged: trt-int4.plan.agreement."
     assert verdict(make_report(gates=passing())).word == "PASSED"
     skipped = [gate for gate in make_gates() if gate.status in ("skipped", "reported")]
     assert verdict(make_report(gates=skipped)).word == "NOTHING CHECKED"
+
+
+def test_the_verdict_names_what_few_images_left_open() -> None:
+    few = [
+        gate.model_copy(update={"metric": metric, "status": "reported", "limit": 1.0, "n": 8})
+        for gate, metric in zip(make_gates() * 2, ("top1", "free.labels", "free.kl", "free.labels"), strict=False)
+    ]
+    closeness = few[0].model_copy(update={"metric": "closeness", "status": "skipped"})
+    found = verdict(make_report(gates=[*passing(), *few, closeness], pairs=1))
+    assert found.word == "PASSED"
+    assert found.sentences[-1] == (
+        "Not judged: trt-int4.plan.agreement, accuracy (n = 8), labels (n = 8), divergence (n = 8), closeness to the "
+        "float model."
+    )
+    assert "  data.hash: " not in "\n".join(console(make_report()))
+
+
+def test_a_check_of_nothing_says_so() -> None:
     assert verdict(make_report(gates=[], pairs=0)) == Verdict(
         "NOTHING CHECKED", ["0 gates.", "Not checked: trt-int4.plan."]
     )
@@ -235,8 +254,9 @@ def test_random_numbers_are_stamped_on_everything() -> None:
     report = make_random()
     lines = console(report)
     assert f"warning: {STAMP}" in lines
-    assert [line for line in lines if line and not line.startswith(" ")][-3:] == [
-        f"{title} (random numbers, not images)" for title in ("pairs", "failed gates, the cause first", "latency")
+    assert [line for line in lines if line and not line.startswith(" ")][-4:] == [
+        f"{title} (random numbers, not images)"
+        for title in ("pairs", "not judged", "failed gates, the cause first", "latency")
     ]
     assert markdown(report).count("andom numbers, not images") == 3
     suite, _ = suites(report)

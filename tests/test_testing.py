@@ -102,7 +102,7 @@ def test_what_is_required_must_be_there(
     def absent(_: bytes) -> None:
         raise MissingError("ONNX Runtime is at lunch")
 
-    monkeypatch.setitem(chain.DEPLOYMENTS, "cpu", chain.Back(absent, "nothing"))  # type: ignore[arg-type]
+    monkeypatch.setitem(chain.OPTIMISED, "cpu", chain.Back("cpu", absent, "nothing"))  # type: ignore[arg-type]
     assert_parity(checkpoint, files, [probe[:8]])
     with pytest.raises(MissingError, match=r"cpu is required .* and was skipped: ONNX Runtime is at lunch"):
         assert_parity(checkpoint, files, [probe[:8]], require=["cpu"])

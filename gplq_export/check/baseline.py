@@ -1,4 +1,4 @@
-"""What holds whatever is quantised: the images are those that were meant, and the network fits into FP16."""
+"""What holds whatever is exported: images as they were meant, a checkpoint near its float model, what FP16 holds."""
 
 import itertools
 from typing import Any
@@ -9,15 +9,17 @@ from gplq import golden
 from gplq.checkpoint import Checkpoint
 from gplq.data import ImageSet
 from gplq.errors import MissingError
+from gplq.pipeline import NOISE_POINTS
 from gplq_export.check.gates import Judge
 from gplq_export.check.images import Source
-from gplq_export.check.report import Estimate, Top
+from gplq_export.check.report import Estimate, Pair, Top
 from gplq_export.lowering import lower
 from gplq_export.overflow import probe
 from gplq_export.targets import TARGETS
 from gplq_export.trace import trace
 
 DATA = "data"  # what gates on the images are filed under, where others have a pair
+FLOAT = "float"  # the pair of the float model and the checkpoint
 _PROBED, _AT_ONCE = 16, 2  # images
 
 
@@ -65,7 +67,7 @@ def judge_baseline(
     if float_top is not None:
         measured, which, entry = float_top, "the float model", then.get("FP32")
     elif our_top is None:
-        judge.skip(DATA, "top1", "the images have no labels, or the model no classes")
+        judge.skip(DATA, "top1", "the images have no labels")
         return
     elif expected is not None:
         judge.skip(DATA, "top1", "--expect-top1 is of the float model, which is not here (--float)")
@@ -104,6 +106,88 @@ def _judge_top1(judge: Judge, found: Estimate, expected: float, which: str) -> N
         unit="%",
         n=found.n,
     )
+
+
+def judge_closeness(judge: Judge, checkpoint: Checkpoint, pair: Pair | None) -> None:
+    """Whether the checkpoint is near its float model, by the limits of its recipe, as ``gplq quantize`` judges it.
+
+    Labels, or what a network without a classifier returns, are compared now if the float model is here. What stands in
+    front of a classifier, and everything if the float model or images are missing, is what was measured when the
+    checkpoint was made. With labels a network may leave the float model behind: what is as accurate is not lost.
+
+    Args:
+        judge: where the gate goes.
+        checkpoint: its provenance tells what was measured then.
+        pair: the float model and the checkpoint on the images at hand; None if they could not be compared.
+    """
+    limits, classifies = checkpoint.recipe.limits, checkpoint.spec.num_classes > 0
+    then = _measured_then(checkpoint.provenance)
+    now = None if pair is None else pair.found
+    if now is not None and now.n < judge.thresholds["few_images"] and then:
+        now = None
+    labels = then.get("labels") if now is None else now.agreement
+    cosine = now.cosine if now is not None and not classifies else then.get("cosine")
+    measured = cosine if labels is None else labels
+    if measured is None:
+        judge.skip(
+            FLOAT,
+            "closeness",
+            "nothing says how near the checkpoint is to the float model: it does not record it, as those do that 'gplq "
+            "quantize' writes today, and the float model is not here (--float)",
+        )
+        return
+    parts, misses = [], []
+    if labels is not None:
+        parts.append(f"{labels.value:.1f} % of its labels are the float model's")
+        if limits.misses_agreement((labels.low, labels.high)):
+            misses.append(f"labels, limit {limits.agreement:g} %")
+    if cosine is not None:
+        what = "features" if classifies else "outputs"
+        parts.append(f"cosine of its {what} {cosine.value:.4f}")
+        if limits.misses_cosine(cosine.value):
+            misses.append(f"{what}, limit {limits.cosine:g}")
+    as_good = bool(misses) and _is_as_accurate(None if now is None else pair, checkpoint.provenance)
+    few = measured.n < judge.thresholds["few_images"]
+    judge.add(
+        FLOAT,
+        "closeness",
+        "reported" if few and not misses else as_good or not misses,
+        f"{', '.join(parts)}, measured {'when the checkpoint was made' if now is None else 'now'}"
+        + (f": too far ({', '.join(misses)})" if misses else "")
+        + (", but it is as accurate" if as_good else "")
+        + (", too few images to judge" if few and not misses else "")
+        + ("." if as_good or not misses else ". Its files may compute what it does, and not what the model did."),
+        found=measured.value,
+        interval=(measured.low, measured.high),
+        limit=limits.cosine if labels is None else limits.agreement,
+        unit="cosine" if labels is None else "% of labels equal",
+        n=measured.n,
+        why="The limits of the recipe: what misses them ends 'gplq quantize' with exit code 1, too.",
+    )
+
+
+def _measured_then(provenance: dict[str, Any]) -> dict[str, Estimate]:
+    """What was measured of the finished checkpoint when it was made: "labels" and "cosine", those that are known."""
+    try:
+        *_, entry = provenance["closeness"].values()
+        n, cosine = int(entry["n"]), float(entry["cosine"])
+        found = {"cosine": Estimate(value=cosine, low=cosine, high=cosine, n=n)}
+        if "percent" in entry:
+            low, high = entry["interval"]
+            found["labels"] = Estimate(value=entry["percent"], low=low, high=high, n=n)
+    except (LookupError, TypeError, ValueError, AttributeError):  # whatever it is, it may not have it
+        return {}
+    return found
+
+
+def _is_as_accurate(pair: Pair | None, provenance: dict[str, Any]) -> bool:
+    if pair is not None and pair.reference_top is not None and pair.candidate_top is not None:
+        return pair.candidate_top.top1.value >= pair.reference_top.top1.value - NOISE_POINTS
+    try:
+        exact, *_, last = (float(entry["percent"]) for entry in provenance["top1"].values())
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return False
+    return last >= exact - NOISE_POINTS
 
 
 def judge_range(source: Source, checkpoint: Checkpoint, target: str, judge: Judge) -> None:

@@ -9,7 +9,7 @@ twin-fp32          the checkpoint, quantisers off      model.fp32.onnx, ONNX Run
 twin-fp16          the same                            model.fp16.onnx, ONNX Runtime
 fp16.plan          the same                            model.fp16.plan, TensorRT
 int4               the checkpoint                      model.int4.onnx, ONNX Runtime without optimisation
-int4-optimised     that                                model.int4.onnx, ONNX Runtime with all optimisation
+int4-optimised     the checkpoint                      model.int4.onnx, ONNX Runtime as anybody gets it
 cpu, openvino      the checkpoint                      the deployment file, in its runtime
 trt-int4 ...       the checkpoint                      what the engine is built from, ONNX Runtime, FP16
 trt-int4.plan ...  the checkpoint                      the engine, TensorRT
@@ -37,10 +37,10 @@ from torch import Tensor
 from gplq import __version__
 from gplq.checkpoint import Checkpoint, frozen_quantizers
 from gplq.convert import units
-from gplq.errors import GplqError, MissingError
+from gplq.errors import BuildError, GplqError, MissingError, UsageError
 from gplq.models import FloatModel
 from gplq.provenance import environment
-from gplq_export.check.baseline import judge_baseline, judge_golden, judge_range
+from gplq_export.check.baseline import judge_baseline, judge_closeness, judge_golden, judge_range
 from gplq_export.check.capture import AnotherSummationOrder, Capture, HalfPrecision
 from gplq_export.check.forced import compare_forced
 from gplq_export.check.free import Comparison, Member, Seen, StateFile, compare, stream
@@ -69,16 +69,21 @@ _FLIPS, _PICTURES = 200, 24
 
 @dataclass(frozen=True)
 class Back:
-    """A back end for quantised files on CPUs. ``ties``: see :func:`compare_forced`."""
+    """Where the quantised file of a kind runs on CPUs. ``ties``, ``whole_blocks``: see :func:`compare_forced`."""
 
+    file: str
     runtime: Runtime
     words: str
     ties: bool = False
+    whole_blocks: bool = False
 
 
-DEPLOYMENTS = {
-    "cpu": Back(onnxruntime_optimised, _OPTIMISED),
-    "openvino": Back(openvino_optimised, "OpenVINO on the CPU", ties=True),
+_REFERENCE = Back("int4", onnxruntime_reference, _ORT)
+# Those that rearrange a file before they run it, by pair.
+OPTIMISED = {
+    "int4-optimised": Back("int4", onnxruntime_optimised, _OPTIMISED, whole_blocks=True),
+    "cpu": Back("cpu", onnxruntime_optimised, _OPTIMISED),
+    "openvino": Back("openvino", openvino_optimised, "OpenVINO on the CPU", ties=True),
 }
 _TWINS: dict[str, type[AnotherSummationOrder | HalfPrecision]] = {"fp32": AnotherSummationOrder, "fp16": HalfPrecision}
 
@@ -157,6 +162,7 @@ class _Chain:
         self.quantizers = list(frozen_quantizers(checkpoint.model))
         self.pairs: list[Pair] = []
         self.skipped: dict[str, str | GplqError] = {}  # member -> why it cannot run
+        self.files_run: set[str] = set()  # members that are files
         self.on_all: dict[str, Comparison] = {}
         self.on_few: dict[str, Comparison] = {}
         self.members: dict[str, Member] = {
@@ -177,7 +183,8 @@ class _Chain:
         judge_golden(self.source, self.checkpoint, self.judge)
         ours = next((name for name, each in self.on_all.items() if each.reference == "torch"), "")
         float_top, our_top = self._top("float", "reference"), self._top(ours, "reference")
-        judge_baseline(self.judge, self.checkpoint.provenance, float_top, our_top, self.settings.expected_top1)
+        if self.classifies:
+            judge_baseline(self.judge, self.checkpoint.provenance, float_top, our_top, self.settings.expected_top1)
         self._float()
         self._rounding()
         if any(kind.startswith(("fp16", "trt-")) for kind in self.files.paths):
@@ -187,8 +194,8 @@ class _Chain:
             self._twin(kind)
         self._plans(twin=True)
         self._int4()
-        for kind in DEPLOYMENTS:
-            self._deployment(kind)
+        for name, back in OPTIMISED.items():
+            self._optimised(name, back)
         for kind in self._engine_graphs():
             self._engine_graph(kind)
         self._plans(twin=False)
@@ -210,16 +217,14 @@ class _Chain:
                 few[f"twin-{kind}"] = self._compare("off", kind)
         if "int4" in files.paths and self._member("int4", self._reference):
             on_all["int4"] = self._compare("torch", "int4", codes=self.quantizers)
-            if self._member("int4-optimised", partial(self._whole, "int4", onnxruntime_optimised)):
-                on_all["int4-optimised"] = self._compare("int4", "int4-optimised")
-        for kind, back in DEPLOYMENTS.items():
-            if kind not in files.paths:
+        for name, back in OPTIMISED.items():
+            if back.file not in files.paths:
                 continue
-            marked = partial(self._marked, kind, back.runtime)
-            if self._member(f"{kind}-marked", marked) and self._member(kind, partial(self._whole, kind, back.runtime)):
-                on_all[kind] = self._compare("torch", kind)
-                few[f"{kind}-marked"] = self._compare("torch", f"{kind}-marked", codes=self.quantizers)
-                few[f"{kind}-debug"] = self._compare(f"{kind}-marked", kind)
+            marked, whole = (partial(make, back.file, back.runtime) for make in (self._marked, self._whole))
+            if self._member(f"{name}-marked", marked) and self._member(name, whole):
+                on_all[name] = self._compare("torch", name)
+                few[f"{name}-marked"] = self._compare("torch", f"{name}-marked", codes=self.quantizers)
+                few[f"{name}-debug"] = self._compare(f"{name}-marked", name)
         for kind in self._engine_graphs():
             if self._member(kind, partial(self._whole, kind, onnxruntime_reference)):
                 few[kind] = self._compare("torch", kind)
@@ -240,7 +245,7 @@ class _Chain:
             few["floor-off-half"] = self._compare("off", "off-half")
         if any(name.endswith("-marked") for name in few):
             few["floor-order"] = self._compare("torch", "torch-order", codes=self.quantizers)
-        if any(each.reference in ("torch", "int4") and name != "float" for name, each in on_all.items()):
+        if any(each.reference == "torch" and name != "float" for name, each in on_all.items()):
             on_all["floor-order"] = self._compare("torch", "torch-order", codes=self.quantizers)
         for table, half in (
             (few, self._engine_graphs()),
@@ -258,18 +263,18 @@ class _Chain:
 
     def _member(self, kind: str, make: Callable[[], Member]) -> bool:
         """Add a member, if it can run here, and computes what has the right shapes."""
-        file = kind.removesuffix("-optimised")
-        if file in self.files.broken and file.endswith(".plan"):
-            self.skipped[kind] = self.files.broken[file]
+        if kind in self.files.broken and kind.endswith(".plan"):
+            self.skipped[kind] = self.files.broken[kind]
             return False
         try:
             member = make()
-            if not file.endswith(".plan"):  # which knows its shapes, and takes the batches that it was built for
+            if not kind.endswith(".plan"):  # which knows its shapes, and takes the batches that it was built for
                 check_shapes(member, self.members["torch"], self.one)
         except GplqError as error:
             self.skipped[kind] = error
             return False
         self.members[kind] = member
+        self.files_run.add(kind)
         return True
 
     @cached_property
@@ -332,22 +337,28 @@ class _Chain:
         return min(max(_CAPTURED // one, 1), _LARGEST_BATCH)
 
     def _stream(self) -> None:
-        size = self.batch_size
-        stream(
-            self.members,
-            self.on_few,
-            lambda start: self.few.batches(size, start),
-            self.few.count,
-            "twins and layers",
-        )
-        for name in {name for each in self.on_few.values() for name in (each.reference, each.candidate)}:
-            if not any(name in (each.reference, each.candidate) for each in self.on_all.values()):
+        few, whole, on_all = self.few, self.source, self.on_all
+        self._run(self.on_few, few, "twins and layers")
+        for name in {name for each in self.on_few.values() for name in each.members}:
+            if not any(name in each.members for each in on_all.values()):
                 del self.members[name]
-        if self.on_all:
-            what = f"the chain, {len(self.on_all)} comparisons"
-            whole = self.source
-            stream(self.members, self.on_all, lambda start: whole.batches(size, start), whole.count, what, self.state)
+        if on_all:
+            self._run(on_all, whole, f"the chain, {len(on_all)} comparisons", self.state)
         self.members.clear()  # sessions and engines: what follows needs the memory
+
+    def _run(
+        self, comparisons: dict[str, Comparison], source: Source, what: str, state: StateFile | None = None
+    ) -> None:
+        size = self.batch_size
+        self.skipped |= stream(
+            self.members,
+            comparisons,
+            lambda start: source.batches(size, start),
+            source.count,
+            what,
+            state,
+            may_fail=self.files_run,
+        )
 
     # Pairs and their gates.
 
@@ -421,8 +432,8 @@ class _Chain:
         self.skipped.setdefault("float", "the float model was not found: name it with --float")
         model = self.settings.float_model
         pair = self._pair("float", f"the float model {model.source if model else ''}", _CHECKPOINT, None)
+        judge_closeness(self.judge, self.checkpoint, None if self.settings.random else pair)
         if pair is not None:
-            self.judge.free(pair)
             self.judge.accuracy(pair, "top1_drop")
 
     def _rounding(self) -> None:
@@ -444,39 +455,38 @@ class _Chain:
             self.judge.free(pair)
 
     def _int4(self) -> None:
-        if "int4" not in self.files.paths:
-            return
-        ran = "int4" in self.on_all
-        layers = self._layers(self.on_all["int4"], self.on_all["floor-order"]) if ran else None
-        if not self._quantised("int4", Back(onnxruntime_reference, _ORT), layers):
-            return
-        words, file = AnotherSummationOrder.words, self.files.paths["int4"].name
-        optimised = self._pair("int4-optimised", f"{file}, {_ORT}", f"{file}, {_OPTIMISED}", file, "floor-order", words)
-        if optimised is not None:
-            self.judge.free(optimised)
+        if "int4" in self.files.paths:
+            ran = "int4" in self.on_all
+            layers = self._layers(self.on_all["int4"], self.on_all["floor-order"]) if ran else None
+            self._quantised("int4", _REFERENCE, layers)
 
-    def _deployment(self, kind: str) -> None:
-        if kind not in self.files.paths:
+    def _optimised(self, name: str, back: Back) -> None:
+        if back.file not in self.files.paths:
             return
-        layers, debug = None, None
-        if kind in self.on_all:
-            layers = self._layers(self.on_few[f"{kind}-marked"], self.on_few["floor-order"])
-            debug = _debug(self.on_few[f"{kind}-debug"])
-        self._quantised(kind, DEPLOYMENTS[kind], layers, debug)
+        marked, debug = (self.on_few.get(f"{name}-{what}") for what in ("marked", "debug"))
+        if name not in self.on_all or marked is None or debug is None:
+            self.on_all.pop(name, None)  # one of its builds did not run
+            self._quantised(name, back, None)
+        else:
+            self._quantised(name, back, self._layers(marked, self.on_few["floor-order"]), _debug(debug))
 
-    def _quantised(self, kind: str, back: Back, layers: list[Layer] | None, debug: str | None = None) -> bool:
-        """A file that computes in FP32 between its codes, fed by PyTorch and on its own; whether it ran."""
-        file = self.files.paths[kind].name
+    def _quantised(self, name: str, back: Back, layers: list[Layer] | None, debug: str | None = None) -> None:
+        """A file that computes in FP32 between its codes, fed by PyTorch and on its own."""
+        file = self.files.paths[back.file].name
         words, order = f"{file}, {back.words}", AnotherSummationOrder.words
-        forced = self._forced(kind, back) if kind in self.on_all else None
-        pair = self._pair(kind, _CHECKPOINT, words, file, "floor-order", order, layers, forced=forced, debug=debug)
+        forced = None
+        try:
+            forced = self._forced(name, back) if name in self.on_all else None
+        except (UsageError, BuildError) as error:  # it runs as a whole, and not in the parts that are fed
+            self.skipped[name] = error
+            del self.on_all[name]
+        pair = self._pair(name, _CHECKPOINT, words, file, "floor-order", order, layers, forced=forced, debug=debug)
         if pair is None:
-            return False
+            return
         assert pair.forced is not None
         self.judge.forced(pair, pair.forced)
         self.judge.free(pair)
         self.judge.accuracy(pair, "back_end_drop")
-        return True
 
     def _engine_graph(self, kind: str) -> None:
         """What an engine is asked to compute, on any machine; whether it does is for the plan to show."""
@@ -505,17 +515,18 @@ class _Chain:
             self.judge.free(pair)
             self.judge.accuracy(pair, "back_end_drop")
 
-    def _forced(self, kind: str, back: Back) -> Any:
+    def _forced(self, name: str, back: Back) -> Any:
         thresholds = self.settings.thresholds
         return compare_forced(
             self.checkpoint.model,
-            self._graph(kind),
+            self._graph(back.file),
             (inputs for inputs, _ in self.few.batches(self.batch_size)),
             self.few.count,
-            self.files.paths[kind].name,
-            block_limit=thresholds[thresholds.of("forced_blocks", kind)],
+            self.files.paths[back.file].name,
+            block_limit=thresholds[thresholds.of("forced_blocks", name)],
             runtime=back.runtime,
             ties=back.ties,
+            whole_blocks=back.whole_blocks,
         )
 
     def _layers(self, found: Comparison, floor: Comparison) -> list[Layer]:

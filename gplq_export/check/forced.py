@@ -52,6 +52,7 @@ def compare_forced(
     block_limit: float,
     runtime: Runtime = onnxruntime_reference,
     ties: bool = False,
+    whole_blocks: bool = False,
 ) -> Forced:
     """Feed a graph what PyTorch computed.
 
@@ -65,6 +66,9 @@ def compare_forced(
         runtime: where the graph runs.
         ties: it multiplies by the reciprocal of a scale: where the last bits of a number decide between two codes, it
             may take either. Quantisers are fed numbers that are moved off these ties.
+        whole_blocks: of a block's codes compare the last ones only. A runtime that rearranges what it runs merges
+            nothing across a tensor that it must return: without, quantisers inside a block would be seen as they are
+            nowhere else.
 
     Raises:
         MissingError: the runtime is not installed.
@@ -75,7 +79,7 @@ def compare_forced(
     tapped = [tap.tensor for tap in taps.values()]
     rounding = Part(graph, sources(graph.graph, tapped, {*given, INPUT}), tapped, runtime)
     floats = _Floats(model, graph, taps, runtime)
-    parts = segments(graph, structure_of(model).units, taps, runtime)
+    parts = segments(graph, structure_of(model).units, taps, runtime, only_last=whole_blocks)
     codes, blocks = CodeCounts(taps), CodeCounts(parts)
     on_grid: dict[str, int] = {}
     done = 0

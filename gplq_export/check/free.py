@@ -8,7 +8,7 @@ time, so that an interrupted check goes on where it was.
 import io
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gplq.errors import BuildError, GplqError, UsageError
 from gplq.files import atomic_path
 from gplq.progress import progress
 from gplq_export.check.accumulate import CodeCounts, Outputs, State, UnitErrors
@@ -55,6 +56,11 @@ class Comparison:
             self.units.add(name, reference.units[name], candidate.units[name])
 
     @property
+    def members(self) -> tuple[str, str]:
+        """The names of both."""
+        return self.reference, self.candidate
+
+    @property
     def parts(self) -> tuple[Outputs, CodeCounts, UnitErrors]:
         """Everything that was counted."""
         return self.outputs, self.codes, self.units
@@ -70,27 +76,41 @@ def compare(
 @torch.inference_mode()
 def stream(
     members: Mapping[str, Member],
-    comparisons: Mapping[str, Comparison],
+    comparisons: dict[str, Comparison],
     batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
     images: int,
     what: str,
     state: "StateFile | None" = None,
-) -> None:
+    may_fail: Container[str] = (),
+) -> dict[str, GplqError]:
     """Run every member that a comparison needs on all images.
 
     Args:
         members: by name.
-        comparisons: by name; filled in place.
+        comparisons: by name; filled in place, without those that a member could not be run for.
         batches: (images [B, C, H, W], labels [B]) from image number so-and-so on.
         images: how many there are.
         what: for the progress line.
         state: where to write down what was counted, and to go on from.
+        may_fail: members that are files: one that cannot run an image ends its own comparisons, which are left out.
+
+    Returns:
+        Which of them failed, and why.
     """
-    needed = dict.fromkeys(name for each in comparisons.values() for name in (each.reference, each.candidate))
+    failed: dict[str, GplqError] = {}
     done = 0 if state is None else state.restore(comparisons)
     with progress(images, what, "image", initial=done) as bar:
         for inputs, labels in batches(done) if done < images else ():
-            seen = {name: members[name](inputs) for name in needed}
+            seen: dict[str, Seen] = {}
+            for name in dict.fromkeys(name for each in comparisons.values() for name in each.members):
+                try:
+                    seen[name] = members[name](inputs)
+                except (UsageError, BuildError) as error:
+                    if name not in may_fail:
+                        raise
+                    failed[name] = error
+            for name in [name for name, each in comparisons.items() if not seen.keys() >= {*each.members}]:
+                del comparisons[name]
             for each in comparisons.values():
                 each.add(seen, labels)
             done += len(labels)
@@ -99,6 +119,7 @@ def stream(
                 state.save_sometimes(comparisons, done)
     if state is not None:
         state.save(comparisons, done)  # what comes after may be interrupted, too
+    return failed
 
 
 class StateFile:

@@ -230,9 +230,14 @@ class Judge:
         factor = self.thresholds["floor_factor"]
         if found.agreement is not None and floor.agreement is not None:
             limit = 100 - factor * (100 - floor.agreement.low)
-            self._against_floor(pair, "free.labels", found.agreement, floor.agreement, limit, "% of labels equal")
+            gross = found.agreement.value < floor.agreement.low
+            self._against_floor(
+                pair, "free.labels", found.agreement, floor.agreement, limit, "% of labels equal", gross=gross
+            )
         limit = 1 - factor * (1 - floor.cosine_p01.low) - self.thresholds["cosine_resolution"]
-        self._against_floor(pair, "free.cosine_p01", found.cosine_p01, floor.cosine_p01, limit, "cosine")
+        lost = self.thresholds["gross_factor"] * (1 - floor.cosine.value) + self.thresholds["gross_cosine"]
+        gross = not found.cosine.value >= 1 - lost  # NaN is no closeness
+        self._against_floor(pair, "free.cosine_p01", found.cosine_p01, floor.cosine_p01, limit, "cosine", gross=gross)
         if found.kl is not None and floor.kl is not None:
             limit = factor * floor.kl.high + self.thresholds["kl_resolution"]
             inside = found.kl.low <= limit
@@ -241,26 +246,43 @@ class Judge:
             self._layers(pair)
 
     def _against_floor(
-        self, pair: Pair, metric: str, found: Estimate, floor: Estimate, limit: float, unit: str
+        self,
+        pair: Pair,
+        metric: str,
+        found: Estimate,
+        floor: Estimate,
+        limit: float,
+        unit: str,
+        *,
+        gross: bool = False,
     ) -> None:
-        self._floor_gate(pair, metric, found.high >= limit, found, floor, limit, unit)
+        self._floor_gate(pair, metric, found.high >= limit, found, floor, limit, unit, gross=gross)
 
     def _floor_gate(
-        self, pair: Pair, metric: str, inside: bool, found: Estimate, floor: Estimate, limit: float, unit: str
+        self,
+        pair: Pair,
+        metric: str,
+        inside: bool,
+        found: Estimate,
+        floor: Estimate,
+        limit: float,
+        unit: str,
+        *,
+        gross: bool = False,
     ) -> None:
-        enough = found.n >= self.thresholds["few_images"]
+        """``gross``: so far off that few images show it."""
+        few = found.n < self.thresholds["few_images"]
+        beyond = f": beyond twice what {pair.floor_is} changes"
+        status: Status | bool = inside
+        if few:
+            status = "failed" if gross else "reported"
+            beyond += ", by so much that few images show it" if gross else ", on too few images to judge"
         self.add(
             pair.name,
             metric,
-            inside if enough else "reported",
+            status,
             f"{_number(found)} {unit}, noise floor {_number(floor)}"
-            + (
-                "."
-                if inside
-                else f": beyond twice what {pair.floor_is} changes."
-                if enough
-                else f": beyond twice what {pair.floor_is} changes, on too few images to judge."
-            ),
+            + ("." if inside and status != "failed" else f"{beyond}."),
             "floor_factor",
             found=found.value,
             interval=(found.low, found.high),

@@ -128,10 +128,13 @@ class Segment:
     part: "Part"
 
 
-def segments(model: ir.Model, units: list[str], taps: dict[str, Tap], runtime: Runtime) -> dict[str, Segment]:
+def segments(
+    model: ir.Model, units: list[str], taps: dict[str, Tap], runtime: Runtime, *, only_last: bool = False
+) -> dict[str, Segment]:
     """For the part before all units, each unit, and the part behind: its quantisers and the first one behind it.
 
-    Without the one behind, nothing would see the last linear of a unit, or what stands before all units.
+    Without the one behind, nothing would see the last linear of a unit, or what stands before all units. ``only_last``:
+    that one alone, for a runtime that would compute the others differently if it had to return their codes.
     """
     quantizers = list(taps)
     last = max(i for i, quantizer in enumerate(quantizers) if quantizer.startswith(tuple(f"{name}." for name in units)))
@@ -142,7 +145,7 @@ def segments(model: ir.Model, units: list[str], taps: dict[str, Tap], runtime: R
     marks: dict[str, str] = json.loads(model.metadata_props["gplq.marks"])
     found = {}
     for (name, start), (following, end) in itertools.pairwise([*starts, ("", len(quantizers))]):
-        inside = quantizers[start : end + 1]
+        inside = quantizers[start : end + 1][-1 if only_last else 0 :]
         ending = output_name(units[-1]) if following == BEHIND else f"{following}.input"
         own = {tensor for mark, tensor in marks.items() if mark.startswith(ending)}
         known = {tensor: mark for mark, tensor in marks.items() if tensor not in own}

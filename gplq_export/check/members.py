@@ -39,12 +39,17 @@ def array_member(run: Callable[[dict[str, np.ndarray]], Sequence[np.ndarray]], n
 
 @torch.inference_mode()
 def check_shapes(candidate: Member, reference: Member, inputs: Tensor) -> None:
-    """Make sure that what two networks return can be compared.
+    """Make sure that what two networks return can be compared, for an image and for two: a batch may be fixed.
 
     Raises:
         UsageError: it cannot, or the candidate cannot run.
     """
-    found, expected = candidate(inputs), reference(inputs)
+    for batch in (inputs, torch.cat([inputs, inputs])):
+        found, expected = candidate(batch), reference(batch)
+        _compare_shapes(found, expected)
+
+
+def _compare_shapes(found: Seen, expected: Seen) -> None:
     ours = {f"output {i}": tuple(y.shape) for i, y in enumerate(found.outputs)}
     theirs = {f"output {i}": tuple(y.shape) for i, y in enumerate(expected.outputs)}
     ours |= {f"the codes of {name}": codes.shape for name, codes in found.codes.items()}

@@ -8,6 +8,14 @@ MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 # E4M3 is evenly spaced at its lower end, and only there: 2^-9 apart from -2^-5 to 2^-5. With a scale that is 2^9 times
 # as large it holds codes from -16 to 16, and rounds to them, half to even.
 FP8_STEP, FP8_CODES = 2.0**-9, 16
+# The lowest and the highest code of a type.
+CODE_LIMITS = {
+    ir.DataType.INT8: (-128, 127),
+    ir.DataType.UINT8: (0, 255),
+    ir.DataType.INT4: (-8, 7),
+    ir.DataType.UINT4: (0, 15),
+    ir.DataType.FLOAT8E4M3FN: (-448, 448),
+}
 MARKED = "gplq.marked"  # in Value.meta: a tensor that others look up by its name, so that it must stay what it is
 
 # Operators whose output is bounded whatever they are given.

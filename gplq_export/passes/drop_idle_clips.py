@@ -3,15 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from gplq_export.passes.common import MARKED, constant, reachable
-
-_LIMITS = {
-    ir.DataType.INT8: (-128, 127),
-    ir.DataType.UINT8: (0, 255),
-    ir.DataType.INT4: (-8, 7),
-    ir.DataType.UINT4: (0, 15),
-    ir.DataType.FLOAT8E4M3FN: (-448, 448),
-}
+from gplq_export.passes.common import CODE_LIMITS, MARKED, constant, reachable
 
 
 def drop_idle_clips(model: ir.Model) -> bool:
@@ -41,7 +33,7 @@ def _is_idle(clip: ir.Node) -> bool:
     for reader in readers:
         scale = constant(reader.inputs[1]) if reader.op_type == "QuantizeLinear" else None
         zero_point = reader.inputs[2] if len(reader.inputs) > 2 else None
-        if scale is None or scale.size != 1 or zero_point is None or zero_point.dtype not in _LIMITS:
+        if scale is None or scale.size != 1 or zero_point is None or zero_point.dtype not in CODE_LIMITS:
             return False
         codes = [_code(bound, scale, zero_point.dtype) for bound in (bounds[0], lowest, highest, bounds[1])]
         if not codes[0] <= codes[1] <= codes[2] <= codes[3]:
@@ -53,5 +45,5 @@ def _code(x: float | np.ndarray | None, scale: np.ndarray, code_type: ir.DataTyp
     """The code of one value; NaN, which is in no range, if the value is unknown."""
     if x is None:
         return np.nan
-    code = np.clip(np.float32(x) / scale.astype(np.float32), *_LIMITS[code_type])
+    code = np.clip(np.float32(x) / scale.astype(np.float32), *CODE_LIMITS[code_type])
     return float(np.rint(code) if code_type.is_integer() else code.astype(code_type.numpy()))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from gplq_export.check.report import Gate, Report
-from gplq_export.reports.words import STAMP, compared, harmless, listed, number, outside, top1, verdict
+from gplq_export.reports.words import STAMP, compared, harmless, listed, not_judged, number, outside, top1, verdict
 
 _SHOWN = 20  # failed gates in full; one fault seldom leaves more than a handful of others
 
@@ -35,6 +35,9 @@ def _lines(report: Report) -> Iterator[str]:
             yield f"  {'':{width}}  top-1 {accuracy}, {pair.lost} lost, {pair.won} won"
         if names := [layer.name for layer in outside(pair)]:
             yield f"  {'':{width}}  outside their band: {listed(names, 3)}"
+    if unjudged := [gate for gate in not_judged(report) if gate.status == "skipped"]:
+        yield from _section("not judged", report)
+        yield from (f"  {gate.id}: {gate.sentence}" for gate in unjudged)
     if report.failed:
         yield from _section("failed gates, the cause first", report)
         for gate in report.failed[:_SHOWN]:

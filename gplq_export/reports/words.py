@@ -31,8 +31,39 @@ def verdict(report: Report) -> Verdict:
         sentences.append(f"The first that failed, and the likely cause of the others, is {first.id}: {first.sentence}")
     if skipped := [pair.name for pair in report.pairs if pair.skipped]:
         sentences.append(f"Not checked: {listed(skipped)}.")
+    if unjudged := {_in_words(gate): None for gate in not_judged(report)}:
+        sentences.append(f"Not judged: {listed([*unjudged], len(unjudged))}.")
     passed = any(gate.status == "passed" for gate in report.gates)
     return Verdict("FAILED" if report.failed else "PASSED" if passed else "NOTHING CHECKED", sentences)
+
+
+def not_judged(report: Report) -> list[Gate]:
+    """The gates of compared pairs that have a limit, or would have one, and could not be held against it."""
+    return [
+        gate
+        for gate in report.gates
+        if (gate.status == "skipped" and gate.metric != "compared")
+        or (gate.status == "reported" and gate.limit is not None)
+    ]
+
+
+# Metrics whose names say too little. On few images several pairs leave the same ones open.
+_METRICS = {
+    "top1": "accuracy",
+    "golden": "preparation of the images",
+    "closeness": "closeness to the float model",
+    "range": "range of FP16",
+    "free.labels": "labels",
+    "free.cosine_p01": "cosine",
+    "free.kl": "divergence",
+    "free.codes": "codes, free-running",
+}
+
+
+def _in_words(gate: Gate) -> str:
+    """What was not judged: "labels (n = 8)", "accuracy"."""
+    few = f" (n = {gate.n:,})" if gate.status == "reported" else ""
+    return f"{_METRICS.get(gate.metric, gate.id)}{few}"
 
 
 def tally(gates: Sequence[Gate]) -> str:

@@ -5,7 +5,7 @@
     trt-int8    INT8 + DequantizeLinear          Clip, then INT8 Quantize + Dequant.  FP16     TensorRT, TensorRT-RTX
     trt-int4    INT4 + DequantizeLinear          as trt-int8                          FP16     half the bytes of weights
     trt-fp8     FP8 + DequantizeLinear           Clip, then FP8 Quantize + Dequant.   FP16     compute capability 8.9 on
-    cpu         INT4, Cast, DequantizeLin.       UINT8 Quantize, Max; integer matmul  FP32     ONNX Runtime on CPUs
+    cpu         INT4, Cast, DequantizeLin.       UINT8 Quantize, Clip; integer matmul FP32     ONNX Runtime on CPUs
     openvino    INT4, Cast, DequantizeLin.       FakeQuantize of 16 levels            FP32     OpenVINO on CPUs
     fp32, fp16  float                            none: the same network unquantised   FP32/16  for comparison
 

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from gplq.grid import code_limits
 from gplq_export.passes.common import reachable
 from gplq_export.passes.fold_layer_scale import fold_layer_scale
+from gplq_export.passes.hold_quantizers import hold_quantizers
 from gplq_export.passes.integer_matmuls import integer_matmuls
 from gplq_export.passes.select_before_norm import select_before_norm
 from gplq_export.targets.base import GraphWriter, Quantizer, Target, Weight, codes_name, prepared
@@ -18,15 +19,16 @@ class Cpu(Target):
     """The deployment file for ONNX Runtime on CPUs, which have no 4-bit arithmetic.
 
     Activations are UINT8: UINT4 would be converted element by element, and INT8 does not load where a Transpose
-    follows. Their zero point places the highest code at 255, so that the type itself clamps above; below, a Max does.
-    Without the passes the graph computes bit by bit what that of ``int4`` does.
+    follows. Their zero point places the highest code at 255, so that the type itself clamps above; below, a Clip of the
+    codes does (Max has a kernel for UINT8 since ONNX Runtime 1.24 only). Without the passes the graph computes bit by
+    bit what that of ``int4`` does.
     """
 
     name = "cpu"
-    passes = (fold_layer_scale, select_before_norm, integer_matmuls)
+    passes = (fold_layer_scale, select_before_norm, integer_matmuls, hold_quantizers)
 
     def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
-        """[Add ->] [Mul ->] QuantizeLinear [-> Max] -> DequantizeLinear."""
+        """[Add ->] [Mul ->] QuantizeLinear [-> Clip] -> DequantizeLinear."""
         name = quantizer.name
         low, high = code_limits(quantizer.bits, quantizer.signed)
         zero, lowest = _TOP - high, _TOP - high + low
@@ -35,7 +37,7 @@ class Cpu(Target):
         codes = writer.node("QuantizeLinear", [x, scale, zero_point], f"{name}/QuantizeLinear", codes_name(name))
         if lowest > 0 and _reaches_below(quantizer, low):
             codes.name = f"{name}.unclamped"
-            codes = writer.node("Max", [codes, _uint8(writer, lowest)], f"{name}/Max", codes_name(name))
+            codes = writer.node("Clip", [codes, _uint8(writer, lowest)], f"{name}/Clip", codes_name(name))
         inputs: list[ir.Value | None] = [codes, scale, zero_point]
         return writer.node("DequantizeLinear", inputs, f"{name}/DequantizeLinear", f"{name}.dequantized")
 

@@ -5,6 +5,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from gplq_export.passes.drop_idle_clips import drop_idle_clips
+from gplq_export.passes.hold_quantizers import hold_quantizers
 from gplq_export.targets.base import (
     GraphWriter,
     Pass,
@@ -21,10 +22,10 @@ class Int4(Target):
     """Everything explicit in the standard's own 4-bit types: the portable file, and the reference for all others."""
 
     name = "int4"
-    passes: ClassVar[tuple[Pass, ...]] = (drop_idle_clips,)
+    passes: ClassVar[tuple[Pass, ...]] = (drop_idle_clips, hold_quantizers)
 
     def quantizer(self, writer: GraphWriter, quantizer: Quantizer) -> ir.Value:
-        """[Add ->] [Mul ->] [Clip ->] QuantizeLinear -> DequantizeLinear; Clip if the type holds more codes."""
+        """[Add ->] [Mul ->] [Clip | Max ->] QuantizeLinear -> DequantizeLinear; Clip if the type holds more codes."""
         # Fewer than 4 bits need a Clip, which ONNX Runtime's optimisation cannot load in front of a 4-bit type.
         code_type = ir.DataType.INT8
         if quantizer.bits == 4:

@@ -9,7 +9,7 @@ from typing import Any
 from gplq.errors import UsageError
 
 _TABLE = Path(__file__).with_suffix(".json")
-OLDEST_ONNXRUNTIME = "1.23"  # that our files were tried with; as in pyproject.toml
+OLDEST_ONNXRUNTIME = "1.23"  # that our files for CPUs were tried with; a check needs the newer one of pyproject.toml
 _FLAVOURS = ("py3", "trtllm-python-py3")  # the first is the standard image
 
 
