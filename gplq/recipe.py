@@ -136,7 +136,7 @@ class Stage2(_Section):
 class Limits(_Section):
     """How close to the float model the result has to be; 0 lets anything pass."""
 
-    agreement: float = Field(80.0, ge=0, le=100, description="per cent of images that get the float model's label")
+    agreement: float = Field(66.0, ge=0, le=100, description="per cent of images that get the float model's label")
     cosine: float = Field(0.8, ge=0, le=1, description="of the features, mean over images")
 
     def misses_agreement(self, interval: tuple[float, float]) -> bool:
