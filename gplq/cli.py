@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         help="classes of a weights file (default: from its head); 0: without the classifier, any model",
     )
     quantize.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE", help="such as img_size=70")
+    quantize.add_argument(
+        "--checkpoint-key",
+        metavar="KEY",
+        help="which weights of a file that holds several, such as state_dict (default: averaged ones, EMA, if any)",
+    )
     quantize.add_argument("--force", action="store_true", help="overwrite --out")
     quantize.set_defaults(run=_quantize)
 
@@ -133,7 +138,13 @@ def _quantize(arguments: argparse.Namespace) -> None:
     recipe = Recipe() if arguments.recipe is None else Recipe.from_yaml(arguments.recipe)
     model_args = dict(_key_value(text) for text in arguments.model_arg)
     check_output(arguments.out, arguments.force)
-    source = load_model(arguments.model, arch=arguments.arch, model_args=model_args, num_classes=arguments.num_classes)
+    source = load_model(
+        arguments.model,
+        arch=arguments.arch,
+        model_args=model_args,
+        num_classes=arguments.num_classes,
+        checkpoint_key=arguments.checkpoint_key,
+    )
     print(f"{source.spec.architecture}, {sum(p.numel() for p in source.model.parameters()):,} parameters")
     print(f"preprocessing: {source.preprocessing}")
     quantize(

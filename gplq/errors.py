@@ -14,6 +14,14 @@ GplqError
 Exit code 0 is success, 130 an interruption with Ctrl-C. Messages say what, where, why and what to do.
 """
 
+import re
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, for a message: its first line, without colours, or its type if it says nothing."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return (text or type(error).__name__).splitlines()[0].rstrip()
+
 
 class GplqError(Exception):
     """Base of the tree; never raised itself."""
