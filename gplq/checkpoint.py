@@ -172,8 +172,8 @@ def _check_rebuilds(checkpoint: Checkpoint) -> None:
         problem = f"the quantised layers are not those of {architecture}: {wrong[0][0]}" if wrong else ""
     if problem:
         raise UsageError(
-            f"a checkpoint of this model could not be read again, as timm does not rebuild it from its spec: {problem}. "
-            "Of a model of one's own, quantise and save the part that timm made."
+            f"a checkpoint of this model could not be read again, as timm does not rebuild it from its spec: "
+            f"{problem}. Of a model of one's own, quantise and save the part that timm made."
         )
 
 

@@ -18,7 +18,7 @@ import re
 
 
 def first_line(error: Exception) -> str:
-    """What a library's exception says, for a message: its first line, without colours, or its type if it says nothing."""
+    """What a library's exception says, for a message: its first line, without colours; or else its type."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
     return (text or type(error).__name__).splitlines()[0].rstrip()
 

@@ -18,8 +18,9 @@ from gplq.convert import check_supported
 from gplq.data import Preprocessing
 from gplq.errors import ModelError
 from gplq.files import sha256
+from gplq.fitting import channels_in, classes_in, classifier_names, load_weights
 from gplq.survey import input_size
-from gplq.weights import channels_in, classes_in, find_weights, load_weights
+from gplq.weights import Found, find_weights
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 # In a folder that timm wrote; the first that is there, as timm takes it.
@@ -168,15 +169,15 @@ def _from_folder(
     missing += [] if weights_file is not None else [" or ".join(_FOLDER_WEIGHTS)]
     if missing or weights_file is None:
         raise ModelError(
-            f"{folder} lacks {' and '.join(missing)}: not a folder that timm wrote for a model. Weights alone are named "
-            "as a file, with --arch."
+            f"{folder} lacks {' and '.join(missing)}: not a folder that timm wrote for a model. Weights alone are "
+            "named as a file, with --arch."
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         if "architectures" in config and "architecture" not in config:
             raise ModelError(
-                f"{folder} was written by the package transformers ({config.get('model_type')}). gplq takes timm's models: "
-                "timm publishes most of the same weights under names of its own (timm.list_pretrained())."
+                f"{folder} was written by the package transformers ({config.get('model_type')}). gplq takes timm's "
+                "models: timm publishes most of the same weights under names of its own (timm.list_pretrained())."
             )
         pretrained = config.get("pretrained_cfg", {})
         architecture = str(config["architecture"])
@@ -189,8 +190,8 @@ def _from_folder(
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{config_file} is not a timm model configuration: {error!r}") from error
-    weights, _ = find_weights(weights_file, _whole(spec).state_dict(), checkpoint_key)
-    model = load_weights(spec.build, weights, str(weights_file), extra_args)
+    found_weights = find_weights(weights_file, _whole(spec).state_dict(), checkpoint_key)
+    model = load_weights(spec.build, found_weights.weights, str(weights_file), extra_args)
     preprocessing = _preprocessing(model, pretrained)
     found = config.get("label_names") or pretrained.get("label_names")
     names = None if num_classes == 0 else _label_names(found, spec.num_classes, str(config_file))
@@ -198,7 +199,7 @@ def _from_folder(
 
 
 def _implied_args(architecture: str, pretrained: dict[str, Any]) -> dict[str, Any]:
-    """What timm takes from the weights' configuration as arguments, where it is not what the architecture has anyway."""
+    """What timm takes from the weights' configuration as arguments, where the architecture has something else."""
     usual: Any = timm.models.get_pretrained_cfg(architecture)
     size, usual_size = pretrained.get("input_size"), getattr(usual, "input_size", None)
     implied: dict[str, Any] = {}
@@ -227,19 +228,32 @@ def _from_file(
     if arch is None:
         raise ModelError(f"{path} holds weights only: name their timm architecture with --arch.")
     whole = _whole(ModelSpec(arch, model_args, num_classes or 1000))
-    weights, place = find_weights(path, whole.state_dict(), checkpoint_key)
+    found = find_weights(path, whole.state_dict(), checkpoint_key)
     given = dict(model_args)
-    channels = channels_in(weights, whole)
+    channels = channels_in(found.weights, whole)
     if channels not in (None, channels_in(whole.state_dict(), whole)) and "in_chans" not in model_args:
         tqdm.write(f"{path}: weights for images of {channels} channels, so in_chans={channels}", file=sys.stderr)
         model_args = {**model_args, "in_chans": channels}
     if num_classes is None:
-        num_classes = classes_in(weights, whole)
+        num_classes = classes_in(found.weights, whole)
         if num_classes == 0:
-            tqdm.write(f"{path}: the weights at '{place}' have no classifier: features alone", file=sys.stderr)
+            _say_features_alone(path, found, whole)
     spec = ModelSpec(arch, model_args, num_classes)
-    model = load_weights(spec.build, weights, str(path), given)
+    model = load_weights(spec.build, found.weights, str(path), given)
     return FloatModel(model, spec, _preprocessing(model, {}), None, str(path), sha256(path), checkpoint_key)
+
+
+def _say_features_alone(path: Path, found: Found, whole: Any) -> None:
+    at = f" at '{found.place}'" if found.place else ""
+    for name, tensor in found.beside.items():
+        if tensor.ndim == 2 and tensor.shape[1] == whole.num_features:
+            raise ModelError(
+                f"the weights in {path}{at} have no classifier, and beside them is {name} {list(tensor.shape)}, which "
+                "may be one. If it is, give it the name that it has in timm "
+                f"({' or '.join(classifier_names(whole))}, beside the other weights); to quantise the features alone: "
+                "--num-classes 0."
+            )
+    tqdm.write(f"{path}: the weights{at} have no classifier: features alone", file=sys.stderr)
 
 
 def _label_names(found: Any, num_classes: int, where: str) -> list[str] | None:

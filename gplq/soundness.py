@@ -51,7 +51,7 @@ def make_plain(model: nn.Module) -> None:
 
 
 def _freeze_parametrized(module: nn.Module) -> None:
-    """What ``remove_parametrizations`` does, but for copies of the module, which share its class and must keep theirs."""
+    """As ``remove_parametrizations``, but copies of the module, which share its class, keep theirs."""
     parametrized: Any = module.parametrizations
     values = {name: getattr(module, name).detach().clone() for name in parametrized}
     module.__class__ = type(module).__bases__[0]
@@ -75,8 +75,8 @@ def check_layers(model: nn.Module, seen: Survey) -> None:
     for name in seen.repeated:
         kind = type(model.get_submodule(name)).__name__
         raise ModelError(
-            f"layer '{name}' ({kind}) runs more than once for an image, and each time would need scales of its own: give "
-            "each use a copy (copy.deepcopy)."
+            f"layer '{name}' ({kind}) runs more than once for an image, and each time would need scales of its own: "
+            "give each use a copy (copy.deepcopy)."
         )
     for name in (*seen.layers, *seen.products):
         module = model.get_submodule(name)
@@ -108,6 +108,6 @@ def check_unchanged(before: dict[str, Tensor], after: dict[str, Tensor]) -> None
         if not difference <= _TOLERANCE * size:
             raise ModelError(
                 f"the converted model computes something else: the first output that differs is that of "
-                f"'{name or 'the model'}', by {difference / size if size else difference:.1g} of its size. A layer in it "
-                f"computes more than its weights say. If that is an adapter, {_MERGE}."
+                f"'{name or 'the model'}', by {difference / size if size else difference:.1g} of its size. A layer in "
+                f"it computes more than its weights say. If that is an adapter, {_MERGE}."
             )

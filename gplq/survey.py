@@ -114,9 +114,12 @@ def output_samples(model: nn.Module, image_size: tuple[int, int, int]) -> dict[s
     """As :attr:`Survey.samples`."""
     names = {id(module): name for name, module in model.named_modules()}
     samples: dict[str, Tensor] = {}
-    with hooked(model, lambda *_: None, lambda module, _, output: _sample(names[id(module)], output, samples)):
-        with torch.no_grad():
-            model(probe_images(model, image_size))
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        _sample(names[id(module)], output, samples)
+
+    with hooked(model, lambda *_: None, leave), torch.no_grad():
+        model(probe_images(model, image_size))
     return samples
 
 
