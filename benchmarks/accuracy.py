@@ -37,9 +37,10 @@ from torch import Tensor, nn
 from gplq import Recipe, fold, load_model, rounding, stage1, stage2
 from gplq.calibrate import activation_quantizers, calibrate
 from gplq.convert import convert
-from gplq.data import ImageSet, batches, check_labels, open_images
+from gplq.data import ImageSet, batches, open_images
 from gplq.evaluate import Accuracy
 from gplq.files import write_json
+from gplq.labels import check_labels
 from gplq.models import FloatModel
 from gplq.pca import Features
 from gplq.pipeline import prepared

@@ -49,9 +49,10 @@ from brevitas.quant.shifted_scaled_int import ShiftedUint8ActPerTensorFloat, Shi
 from torch import Tensor, nn
 
 from gplq import load_model
-from gplq.data import ImageSet, batches, check_labels, draw, open_images
+from gplq.data import ImageSet, batches, draw, open_images
 from gplq.evaluate import Accuracy, Similarity
 from gplq.files import write_json
+from gplq.labels import check_labels
 from gplq.pca import Features
 from gplq.progress import progress
 from gplq.provenance import environment

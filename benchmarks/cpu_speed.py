@@ -30,9 +30,10 @@ from gplq import Recipe, stage2
 from gplq.calibrate import calibrate_on
 from gplq.checkpoint import Checkpoint
 from gplq.convert import convert
-from gplq.data import Preprocessing, open_images
+from gplq.data import open_images
 from gplq.files import write_json
 from gplq.models import ModelSpec
+from gplq.preprocessing import Preprocessing
 from gplq.provenance import environment
 from gplq_export.kernels import check_kernels, onnxruntime_kernels, openvino_kernels
 from gplq_export.lowering import lower

@@ -24,10 +24,11 @@ import torch
 
 from gplq import Recipe
 from gplq.checkpoint import Checkpoint, load_checkpoint
-from gplq.data import Preprocessing, open_test_images
+from gplq.data import open_test_images
 from gplq.files import write_json
 from gplq.models import FloatModel, ModelSpec
 from gplq.pipeline import quantize
+from gplq.preprocessing import Preprocessing
 from gplq.provenance import environment
 from gplq_export.export import ExportResult, export
 from gplq_export.reports.words import compared

@@ -18,8 +18,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from gplq import load_model
-from gplq.data import check_labels, open_images
+from gplq.data import open_images
 from gplq.evaluate import top1
+from gplq.labels import check_labels
 
 ARCHITECTURE = "vit_small_patch14_dinov2"
 PIXELS, PATCH = 224, 14

@@ -30,8 +30,9 @@ import numpy as np
 import onnxruntime as ort
 from cpu_speed import cpu_name
 
-from gplq.data import Preprocessing, open_images
+from gplq.data import open_images
 from gplq.files import write_json
+from gplq.preprocessing import Preprocessing
 from gplq.provenance import environment
 from gplq_export.triton.client import Feeds, TritonRun
 from gplq_export.triton.config import ServingOptions

@@ -24,8 +24,10 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 from gplq import load_model
-from gplq.data import Preprocessing, check_labels, open_images
+from gplq.data import open_images
 from gplq.evaluate import top1
+from gplq.labels import check_labels
+from gplq.preprocessing import Preprocessing
 
 ARCHITECTURE, TEACHER = "deit_tiny_patch16_224", "vit_small_patch14_dinov2"
 PIXELS, PATCH, GRID, TEACHER_GRID = 224, 16, 14, 16

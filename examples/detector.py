@@ -29,8 +29,8 @@ from torchvision.ops import FeaturePyramidNetwork, box_iou
 import gplq
 from gplq.checkpoint import save_checkpoint
 from gplq.convert import convert
-from gplq.data import Preprocessing
 from gplq.models import ModelSpec
+from gplq.preprocessing import Preprocessing
 from gplq.stage2 import BlockReport, quantize_weights
 from gplq_export.export import ExportResult, export
 

@@ -31,13 +31,13 @@ from torch.utils._pytree import tree_leaves
 
 from gplq.compensate import CHILD, attach_compensation, compensations, has_width
 from gplq.convert import convert, quant_layers, structure_of, units
-from gplq.data import Preprocessing
 from gplq.errors import CheckpointError, ModelError, UsageError
 from gplq.files import atomic_path, sha256
 from gplq.grid import pack_codes, unpack_codes
 from gplq.integer import FrozenQuantizer, IntegerLinear, integer_layer
 from gplq.lsq import ActivationQuantizer
 from gplq.models import BACKBONE_ARGS, ModelSpec
+from gplq.preprocessing import Preprocessing
 from gplq.recipe import Recipe
 
 SCHEMA = "gplq.checkpoint"
@@ -65,6 +65,12 @@ class Checkpoint:
     provenance: dict[str, Any]
     sha256: str = ""
     path: Path | None = None
+
+    @property
+    def trusts_labels(self) -> bool:
+        """Whether it was made with labels that the float model's answers spoke against, on purpose."""
+        arguments = self.provenance.get("arguments")
+        return isinstance(arguments, dict) and arguments.get("trust_labels") is True
 
 
 def frozen_quantizers(model: nn.Module) -> dict[str, FrozenQuantizer]:

@@ -6,15 +6,18 @@ import contextlib
 import io
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from gplq.errors import GplqError, UsageError
 
 EXIT_CODES = """exit codes: 0 fine, 1 a check failed, 2 usage or configuration, 3 something is missing on this machine,
-4 export or build failed, 5 built but not at the requested precision, 130 interrupted"""
+4 export or build failed, 5 built but not at the requested precision, 130 interrupted (Ctrl-C), 143 (SIGTERM)"""
 DATA = """data (--data, --eval):
   images.npz               train_images, train_labels, test_images, test_labels; or images, labels
   FOLDER                   train/CLASS/*.jpg and val/CLASS/*.jpg; or CLASS/*.jpg; or tar files instead of CLASS folders
@@ -22,6 +25,7 @@ DATA = """data (--data, --eval):
   hf:NAME                  Hugging Face data set, of the hub or in a folder (save_to_disk, parquet, ...)
   'hf:NAME?stream=50000'   so many of its images, drawn without downloading all; kept in ~/.cache/gplq
                            more options, with &: split, image, label (columns), config, revision, seed"""
+TRUST = "go on although the model's answers speak against the labels (another order of classes, or guessing)"
 SKIP = "leave out and report images that cannot be read (default: stop)"
 
 
@@ -32,28 +36,66 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse, run the subcommand's function, turn every error that a user can cause into a message and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     arguments = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], None] = arguments.run
     try:
         # Of several processes only the first prints; errors come from all.
         first = os.environ.get("RANK", "0") == "0"
-        with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
+        with _without_warnings(), _ended_in_order(), contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
             command(arguments)
             sys.stdout.flush()
     except GplqError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        terminated = isinstance(interruption, _Terminated)
+        print(f"\n{parser.prog}: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
         # CPython notes an interruption inside exec of a string (dataclasses, namedtuples), even one that is caught, and
         # `python -m` then dies of SIGINT whatever code it was to return. The next exec of a string clears the note.
         exec("")
-        return 130
+        return 143 if terminated else 130
     except BrokenPipeError:
         # The reader of our output (head, say) went away; there is nobody to tell.
         sys.stderr.close()
         return 0
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Make SIGTERM what Ctrl-C is: worker processes and temporary files go with us. A second one ends us at once."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep what libraries warn their programmers of out of tables and progress bars, unless Python's -W asks for it.
+
+    Warnings that are to be errors still are.
+    """
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.showwarning = lambda *_, **__: None
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ORDER",
         help="of class folders: alphabetical (torchvision), natural (timm's train.py), or a file, one class a line",
     )
+    quantize.add_argument("--trust-labels", action="store_true", help=TRUST)
     quantize.add_argument("--skip-bad-images", action="store_true", help=SKIP)
     quantize.add_argument("--recipe", type=Path, help="YAML recipe (default: the paper's; see 'gplq recipe')")
     quantize.add_argument("--arch", help="timm architecture, if MODEL is a weights file")
@@ -100,6 +143,14 @@ def _parser() -> argparse.ArgumentParser:
         help="which weights of a file that holds several, such as state_dict (default: averaged ones, EMA, if any)",
     )
     quantize.add_argument("--force", action="store_true", help="overwrite --out")
+    images = quantize.add_argument_group("preprocessing (default: what the weights' configuration says)")
+    images.add_argument("--mean", type=numbers, metavar="M[,M,M]", help="of pixels in 0 … 1, such as 0.485,0.456,0.406")
+    images.add_argument("--std", type=numbers, metavar="S[,S,S]", help="likewise")
+    images.add_argument("--interpolation", help="nearest, bilinear, bicubic, lanczos, box or hamming")
+    images.add_argument(
+        "--crop-pct", type=float, metavar="SHARE", help="of the resized image that is seen, such as 0.9"
+    )
+    images.add_argument("--crop-mode", help="center, squash or border, as timm means them")
     quantize.set_defaults(run=_quantize)
 
     evaluate = commands.add_parser(
@@ -111,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("checkpoint", type=Path)
     evaluate.add_argument("--data", required=True, help="test images; see below")
     evaluate.add_argument("--images", type=positive, help="measure on so many of them (default: all)")
+    evaluate.add_argument("--trust-labels", action="store_true", help=TRUST)
     evaluate.add_argument("--skip-bad-images", action="store_true", help=SKIP)
     evaluate.set_defaults(run=_eval)
 
@@ -138,12 +190,14 @@ def _quantize(arguments: argparse.Namespace) -> None:
     recipe = Recipe() if arguments.recipe is None else Recipe.from_yaml(arguments.recipe)
     model_args = dict(_key_value(text) for text in arguments.model_arg)
     check_output(arguments.out, arguments.force)
+    settings = {key: getattr(arguments, key) for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     source = load_model(
         arguments.model,
         arch=arguments.arch,
         model_args=model_args,
         num_classes=arguments.num_classes,
         checkpoint_key=arguments.checkpoint_key,
+        preprocessing={key: value for key, value in settings.items() if value is not None},
     )
     print(f"{source.spec.architecture}, {sum(p.numel() for p in source.model.parameters()):,} parameters")
     print(f"preprocessing: {source.preprocessing}")
@@ -156,6 +210,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         eval_images=arguments.eval_images,
         bad_images="skip" if arguments.skip_bad_images else "fail",
         class_order=arguments.class_order,
+        trust_labels=arguments.trust_labels,
         force=arguments.force,
     )
     print(f"wrote {arguments.out} ({arguments.out.stat().st_size:,} bytes)")
@@ -169,7 +224,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from gplq.checkpoint import load_checkpoint
     from gplq.data import open_test_images
-    from gplq.evaluate import top1
+    from gplq.doubt import trusted_top1
 
     checkpoint = load_checkpoint(arguments.checkpoint)
     if checkpoint.spec.num_classes == 0:
@@ -177,7 +232,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     images = open_test_images(
         arguments.data, checkpoint, arguments.images, "skip" if arguments.skip_bad_images else "fail"
     )
-    accuracy = top1(checkpoint.model, images, "Checkpoint")
+    trust = arguments.trust_labels or checkpoint.trusts_labels
+    accuracy = trusted_top1(checkpoint.model, images, checkpoint.spec.num_classes, "Checkpoint", trust_labels=trust)
     print(f"{arguments.checkpoint} top-1 {accuracy}   (n = {accuracy.n})")
 
 
@@ -218,6 +274,11 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """An argument that is one number or several, with commas."""
+    return tuple(float(part) for part in text.split(","))
 
 
 def positive(text: str) -> int:

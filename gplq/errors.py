@@ -11,7 +11,8 @@ GplqError
 ├── BuildError (4)          an export or an engine build failed
 └── PrecisionError (5)      an engine was built, but not at the requested precision
 
-Exit code 0 is success, 130 an interruption with Ctrl-C. Messages say what, where, why and what to do.
+Exit code 0 is success, 130 an interruption with Ctrl-C, 143 one with SIGTERM. Messages say what, where, why and what
+to do.
 """
 
 import re

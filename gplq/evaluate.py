@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from gplq.data import ImageSet, batches
 from gplq.pca import Features
-from gplq.processes import device_of, processes, share, total
+from gplq.processes import device_of, gathered, processes, share, total
 from gplq.progress import progress
 
 
@@ -111,17 +111,24 @@ def cosines(a: Any, b: Any) -> Tensor:
 
 
 @torch.inference_mode()
-def top1(model: nn.Module, images: ImageSet, what: str, batch_size: int = 128) -> Accuracy:
-    """Top-1 of ``model`` on ``images``; ``what`` names the run in the progress line. Processes share the images."""
+def answers(model: nn.Module, images: ImageSet, what: str, batch_size: int = 128) -> Tensor:
+    """Labels and what ``model`` says, int64 [2, n], of the images that can be read; ``what`` names the model.
+
+    Processes share the images, and all of them get all answers.
+    """
     device = device_of(model)
-    counts = torch.zeros(2, dtype=torch.int64)
+    pairs: list[Tensor] = []
     with progress(len(images), f"{what} top-1", "image") as bar:
         for inputs, labels in batches(images, batch_size, share(range(len(images)))):
-            right = model(inputs.to(device)).argmax(1).cpu() == labels
-            counts += torch.tensor([int(right.sum()), len(labels)])
+            pairs.append(torch.stack([labels, model(inputs.to(device)).argmax(1).cpu()]))
             bar.update(len(labels) * processes().num_processes)
-    correct, count = total(counts).tolist()
-    return Accuracy(correct, count)
+    return torch.cat(gathered(pairs), 1)
+
+
+def top1(model: nn.Module, images: ImageSet, what: str, batch_size: int = 128) -> Accuracy:
+    """Top-1 of ``model`` on ``images``; else as :func:`answers`."""
+    labels, said = answers(model, images, what, batch_size)
+    return Accuracy(int((labels == said).sum()), len(labels))
 
 
 @torch.inference_mode()

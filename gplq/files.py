@@ -14,6 +14,15 @@ from typing import Any
 from gplq.errors import UsageError
 
 
+def printable(path: str | Path) -> str:
+    r"""A path for messages and records: what is no UTF-8 in it is written as its bytes.
+
+    >>> printable("k\udcfcche")
+    'k\\xfcche'
+    """
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

@@ -4,22 +4,21 @@ import hashlib
 import inspect
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 from tqdm import tqdm
 
 from gplq.convert import check_supported
-from gplq.data import Preprocessing
-from gplq.errors import ModelError
+from gplq.errors import ModelError, first_line
 from gplq.files import sha256
 from gplq.fitting import channels_in, classes_in, classifier_names, load_weights
-from gplq.survey import input_size
+from gplq.preprocessing import SETTINGS, Preprocessing, resolve
 from gplq.weights import Found, find_weights
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
@@ -66,10 +65,26 @@ class ModelSpec:
             model: nn.Module = timm.create_model(
                 self.architecture, pretrained=pretrained, num_classes=self.num_classes, **self.model_args
             )
-        except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError, AttributeError) as error:
-            raise ModelError(f"timm cannot build {self.architecture} with {self.model_args}: {error}") from error
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AssertionError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+        ) as error:
+            reason = first_line(error)
+            raise ModelError(f"timm cannot build {self.architecture} with {self.model_args}: {reason}") from error
+        _keep_size(model, self.model_args)
         check_supported(model)
         return model.eval()
+
+
+def _keep_size(model: Any, model_args: dict[str, Any]) -> None:
+    """Leave the size of the images where :func:`gplq.survey.input_size` looks: some families (VOLO) keep it nowhere."""
+    if "img_size" in model_args and not any(hasattr(module, "img_size") for module in model.modules()):
+        model.img_size = model_args["img_size"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,8 @@ class FloatModel:
 
     Attributes:
         source: what the user named. ``sha256``: of the weights file, or of the weights for a hub model.
+        origins: where each setting of ``preprocessing`` comes from, see :mod:`gplq.preprocessing`; plain data.
+        assumed: of these settings, in words, those that nobody has stated; empty if there are none.
         checkpoint_key: which weights of the file, as the user chose them.
     """
 
@@ -87,6 +104,8 @@ class FloatModel:
     label_names: list[str] | None
     source: str
     sha256: str
+    origins: dict[str, str] = field(default_factory=dict)
+    assumed: str = ""
     checkpoint_key: str | None = None
 
 
@@ -102,6 +121,7 @@ def load_model(
     arch: str | None = None,
     model_args: dict[str, Any] | None = None,
     num_classes: int | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
     checkpoint_key: str | None = None,
 ) -> FloatModel:
     """Load a float model.
@@ -113,28 +133,33 @@ def load_model(
         model_args: further arguments of the architecture, such as ``{"img_size": 70}``.
         num_classes: of a weights file; by default found from the classifier's weight. 0 leaves the classifier of
             any model away.
+        preprocessing: any of mean, std, interpolation, crop_pct and crop_mode, where the weights' configuration (the
+            hub's, or a ``config.json`` of timm's with the weights) says nothing or something else.
         checkpoint_key: which weights of a file that holds several, such as "state_dict"; by default averaged ones
             (EMA, a teacher) before raw ones, as timm does.
 
     Raises:
-        ModelError: the model is unknown, the file unreadable, or the weights do not fit.
+        ModelError: the model is unknown, the file unreadable, the weights do not fit, or the preprocessing cannot be
+            used.
     """
-    path, model_args = Path(source), model_args or {}
+    path, model_args, given = Path(source), model_args or {}, dict(preprocessing or {})
+    if foreign := sorted(given.keys() - set(SETTINGS)):
+        raise ModelError(f"the preprocessing has no '{foreign[0]}'; it has {', '.join(SETTINGS)}.")
     if model_args.get("features_only"):
         num_classes = 0
     is_file = is_weights_file(source)
     if not is_file and (arch is not None or num_classes):
         raise ModelError(f"--arch and --num-classes (but 0) belong to a weights file, but '{source}' is not one.")
     if path.is_dir():
-        return _from_folder(path, model_args, num_classes, checkpoint_key)
+        return _from_folder(path, model_args, num_classes, given, checkpoint_key)
     if is_file:
-        return _from_file(path, arch, model_args, num_classes, checkpoint_key)
+        return _from_file(path, arch, model_args, num_classes, given, checkpoint_key)
     if checkpoint_key is not None:
         raise ModelError(f"--checkpoint-key belongs to a file or folder with weights, but '{source}' is not one.")
-    return _from_name(source, model_args, num_classes)
+    return _from_name(source, model_args, num_classes, given)
 
 
-def _from_name(name: str, model_args: dict[str, Any], num_classes: int | None) -> FloatModel:
+def _from_name(name: str, model_args: dict[str, Any], num_classes: int | None, given: dict[str, Any]) -> FloatModel:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         known = timm.list_models(f"*{architecture[:6]}*")[:3]
@@ -145,10 +170,10 @@ def _from_name(name: str, model_args: dict[str, Any], num_classes: int | None) -
     try:
         head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         model: Any = timm.create_model(name, pretrained=True, **head, **model_args).eval()
+        _keep_size(model, model_args)
     except Exception as error:  # the hub client raises many types; all of them mean the same to the user
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"timm could not load pretrained weights for '{name}': {first_line} "
+            f"timm could not load pretrained weights for '{name}': {first_line(error)} "
             f"Without a network, give a weights file and --arch {architecture}."
         ) from error
     config: dict[str, Any] = model.pretrained_cfg
@@ -157,11 +182,25 @@ def _from_name(name: str, model_args: dict[str, Any], num_classes: int | None) -
     digest = hashlib.sha256()
     for key, tensor in model.state_dict().items():
         digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
-    return FloatModel(model, spec, _preprocessing(model, config), label_names, name, digest.hexdigest())
+    found = resolve(model, config, f"the configuration of {name}", given)
+    return FloatModel(
+        model,
+        spec,
+        found.preprocessing,
+        label_names,
+        name,
+        digest.hexdigest(),
+        origins=found.origins,
+        assumed=found.assumed,
+    )
 
 
 def _from_folder(
-    folder: Path, extra_args: dict[str, Any], num_classes: int | None, checkpoint_key: str | None
+    folder: Path,
+    extra_args: dict[str, Any],
+    num_classes: int | None,
+    given: dict[str, Any],
+    checkpoint_key: str | None,
 ) -> FloatModel:
     config_file = folder / "config.json"
     weights_file = next((folder / name for name in _FOLDER_WEIGHTS if (folder / name).is_file()), None)
@@ -173,29 +212,39 @@ def _from_folder(
             "named as a file, with --arch."
         )
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = _read_config(config_file)
         if "architectures" in config and "architecture" not in config:
             raise ModelError(
                 f"{folder} was written by the package transformers ({config.get('model_type')}). gplq takes timm's "
                 "models: timm publishes most of the same weights under names of its own (timm.list_pretrained())."
             )
-        pretrained = config.get("pretrained_cfg", {})
+        pretrained = config["pretrained_cfg"]
         architecture = str(config["architecture"])
         # timm repeats the number of classes among the arguments.
         stored_args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
         spec = ModelSpec(
             architecture,
             model_args={**_implied_args(architecture, pretrained), **stored_args, **extra_args},
-            num_classes=int(config["num_classes"]) if num_classes is None else num_classes,
+            num_classes=_stored_classes(config) if num_classes is None else num_classes,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{config_file} is not a timm model configuration: {error!r}") from error
-    found_weights = find_weights(weights_file, _whole(spec).state_dict(), checkpoint_key)
-    model = load_weights(spec.build, found_weights.weights, str(weights_file), extra_args)
-    preprocessing = _preprocessing(model, pretrained)
-    found = config.get("label_names") or pretrained.get("label_names")
-    names = None if num_classes == 0 else _label_names(found, spec.num_classes, str(config_file))
-    return FloatModel(model, spec, preprocessing, names, str(folder), sha256(weights_file), checkpoint_key)
+    weights = find_weights(weights_file, _whole(spec).state_dict(), checkpoint_key).weights
+    model = load_weights(spec.build, weights, str(weights_file), extra_args)
+    names = config.get("label_names") or pretrained.get("label_names") or pretrained.get("labels")
+    label_names = None if num_classes == 0 else _label_names(names, spec.num_classes, str(config_file))
+    found = resolve(model, pretrained, str(config_file), given)
+    return FloatModel(
+        model,
+        spec,
+        found.preprocessing,
+        label_names,
+        str(folder),
+        sha256(weights_file),
+        origins=found.origins,
+        assumed=found.assumed,
+        checkpoint_key=checkpoint_key,
+    )
 
 
 def _implied_args(architecture: str, pretrained: dict[str, Any]) -> dict[str, Any]:
@@ -221,26 +270,43 @@ def _whole(spec: ModelSpec) -> nn.Module:
 
 
 def _from_file(
-    path: Path, arch: str | None, model_args: dict[str, Any], num_classes: int | None, checkpoint_key: str | None
+    path: Path,
+    arch: str | None,
+    model_args: dict[str, Any],
+    num_classes: int | None,
+    given: dict[str, Any],
+    checkpoint_key: str | None,
 ) -> FloatModel:
     if not path.is_file():
         raise ModelError(f"{path} does not exist. Give a timm model name, a model folder, or a weights file.")
     if arch is None:
         raise ModelError(f"{path} holds weights only: name their timm architecture with --arch.")
     whole = _whole(ModelSpec(arch, model_args, num_classes or 1000))
-    found = find_weights(path, whole.state_dict(), checkpoint_key)
-    given = dict(model_args)
-    channels = channels_in(found.weights, whole)
-    if channels not in (None, channels_in(whole.state_dict(), whole)) and "in_chans" not in model_args:
+    stored = find_weights(path, whole.state_dict(), checkpoint_key)
+    named = dict(model_args)
+    channels = channels_in(stored.weights, whole)
+    if channels not in (None, channels_in(whole.state_dict(), whole)) and "in_chans" not in named:
         tqdm.write(f"{path}: weights for images of {channels} channels, so in_chans={channels}", file=sys.stderr)
         model_args = {**model_args, "in_chans": channels}
     if num_classes is None:
-        num_classes = classes_in(found.weights, whole)
+        num_classes = classes_in(stored.weights, whole)
         if num_classes == 0:
-            _say_features_alone(path, found, whole)
+            _say_features_alone(path, stored, whole)
     spec = ModelSpec(arch, model_args, num_classes)
-    model = load_weights(spec.build, found.weights, str(path), given)
-    return FloatModel(model, spec, _preprocessing(model, {}), None, str(path), sha256(path), checkpoint_key)
+    model = load_weights(spec.build, stored.weights, str(path), named)
+    config, where = _config_beside(path, arch)
+    found = resolve(model, config, where, given)
+    return FloatModel(
+        model,
+        spec,
+        found.preprocessing,
+        None,
+        str(path),
+        sha256(path),
+        origins=found.origins,
+        assumed=found.assumed,
+        checkpoint_key=checkpoint_key,
+    )
 
 
 def _say_features_alone(path: Path, found: Found, whole: Any) -> None:
@@ -254,6 +320,35 @@ def _say_features_alone(path: Path, found: Found, whole: Any) -> None:
                 "--num-classes 0."
             )
     tqdm.write(f"{path}: the weights{at} have no classifier: features alone", file=sys.stderr)
+
+
+def _config_beside(path: Path, arch: str) -> tuple[dict[str, Any], str]:
+    """What a ``config.json`` of timm's in the folder of a weights file says, if it is about this architecture."""
+    file = path.with_name("config.json")
+    try:
+        config = _read_config(file)
+        if config.get("architecture") == arch.split(".")[0]:
+            return config["pretrained_cfg"], str(file)
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass  # none of timm's: that is no error, as weights were named, and not a folder
+    return {}, str(path)
+
+
+def _stored_classes(config: dict[str, Any]) -> int:
+    number = config.get("num_classes")
+    return int(config["pretrained_cfg"]["num_classes"] if number is None else number)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """Timm's ``config.json``; the older kind has one level, where today's has ``pretrained_cfg``.
+
+    Raises:
+        OSError, ValueError, TypeError: it cannot be read, or is nothing of the kind.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not isinstance(config.get("pretrained_cfg", {}), dict):
+        raise TypeError("it is no object, or its pretrained_cfg is none")
+    return config if "pretrained_cfg" in config else {**config, "pretrained_cfg": config}
 
 
 def _label_names(found: Any, num_classes: int, where: str) -> list[str] | None:
@@ -280,9 +375,3 @@ def _label_names(found: Any, num_classes: int, where: str) -> list[str] | None:
             "classes: correct label_names, or remove it."
         )
     return list(found)
-
-
-def _preprocessing(model: nn.Module, pretrained: dict[str, Any]) -> Preprocessing:
-    """What the weights' configuration (or else the architecture's) says, at the size that the model was built for."""
-    config = resolve_data_config({}, pretrained_cfg=pretrained, model=model)
-    return Preprocessing.from_dict({**config, "input_size": input_size(model)})

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from gplq import golden, stage1, stage2
 from gplq.calibrate import calibrate, calibrate_on
 from gplq.checkpoint import Checkpoint, read_plain, save_checkpoint, write_plain
 from gplq.convert import convert
-from gplq.data import BadImages, ImageSet, check_labels, class_names, open_images
+from gplq.data import BadImages, ImageSet, open_images
+from gplq.doubt import trusted_top1
 from gplq.errors import CheckpointError, ConfigError, DataError, GateError, UsageError
 from gplq.evaluate import Accuracy, Agreement, Similarity, agreement, similarity, top1
-from gplq.files import atomic_path
+from gplq.files import atomic_path, printable
+from gplq.labels import check_labels, check_same_classes, class_names
 from gplq.models import FloatModel
 from gplq.processes import processes
 from gplq.provenance import environment
@@ -47,6 +50,7 @@ def quantize(
     eval_images: int | None = None,
     bad_images: BadImages = "fail",
     class_order: str | None = None,
+    trust_labels: bool = False,
     force: bool = False,
     say: Say = print,
 ) -> dict[str, Accuracy | Similarity]:
@@ -67,6 +71,7 @@ def quantize(
         class_order: how the model numbers class folders that its own label names do not name: "alphabetical" (as
             torchvision), "natural" (as timm's train.py), or the path of a text file with one class a line. Needed
             where the orders differ; the names become those of the checkpoint's labels.
+        trust_labels: go on although the float model's answers speak against the labels, see :mod:`gplq.doubt`.
         force: overwrite ``out``.
         say: where progress messages go.
 
@@ -85,7 +90,7 @@ def quantize(
         check_output(out, force)
     else:
         say = _say_nothing
-    train_set, test_set, label_names = _open_data(source, data, recipe, eval_data, bad_images, class_order)
+    train_set, test_set, label_names = _open_data(source, data, recipe, eval_data, bad_images, class_order, say)
     test_set = test_set.head(eval_images)
     classifies = source.spec.num_classes > 0
     labelled = classifies and (recipe.stage1.task_weight > 0 or eval_data is not None)
@@ -93,6 +98,8 @@ def quantize(
     what = {"top1": "top-1", "agreement": "agreement with FP32", "similarity": "cosine with FP32"}[measured]
 
     run = _Run(out.with_name(f"{out.name}.resume"), _fingerprint(source, train_set, test_set, recipe), say)
+    if source.assumed:
+        say(f"assumed: {source.assumed}")
     say(f"bits: {recipe.bits()}")
     results: dict[str, Accuracy | Similarity] = {}
     activations = f"A{recipe.activation_bits}"
@@ -107,16 +114,17 @@ def quantize(
         # Made where it is needed: in training it would take memory beside the teacher.
         return copy.deepcopy(teacher).to(device)
 
-    def measure(name: str, model: nn.Module) -> None:
+    def measure(name: str, model: nn.Module, accuracy: Callable[..., Accuracy] = top1) -> None:
         if labelled:
-            results[name] = run.recall(name, lambda: top1(model, test_set, name))
+            results[name] = run.recall(name, lambda: accuracy(model, test_set, what=name))
         else:
             closeness = agreement if classifies else similarity
             results[name] = run.recall(name, lambda: closeness(model, reference(), test_set, name))
         say(f"{name:6} {what} {results[name]}   (n = {results[name].n})")
 
     if labelled:
-        measure("FP32", reference())
+        judged = partial(trusted_top1, num_classes=source.spec.num_classes, trust_labels=trust_labels)
+        measure("FP32", reference(), judged)
     student = convert(copy.deepcopy(teacher), recipe).to(device)
     few = test_set.head(_FEW_IMAGES)
 
@@ -143,12 +151,14 @@ def quantize(
         "source_sha256": source.sha256,
         "source_key": source.checkpoint_key,
         "arguments": {
-            "data": str(data),
-            "eval_data": None if eval_data is None else str(eval_data),
+            "data": printable(data),
+            "eval_data": None if eval_data is None else printable(eval_data),
             "eval_images": eval_images,
             "bad_images": bad_images,
             "class_order": class_order,
+            "trust_labels": trust_labels,
         },
+        "preprocessing": source.origins,
         "train_data": train_set.to_dict(),
         "test_data": test_set.to_dict(),
         "seed": recipe.seed,
@@ -340,6 +350,7 @@ def _open_data(
     eval_data: str | Path | None,
     bad_images: BadImages,
     class_order: str | None,
+    say: Say,
 ) -> tuple[ImageSet, ImageSet, list[str] | None]:
     """The training and the test images, with labels where the recipe or the measurement needs them; label names."""
     classifies = source.spec.num_classes > 0
@@ -369,8 +380,10 @@ def _open_data(
             )
         label_names = class_names(labelled, source.spec.num_classes, class_order)
     for images, labels in ((train_set, train_labels), (test_set, test_labels)):
-        if labels:
-            check_labels(images, source.spec.num_classes, label_names)
+        if labels and (assumed := check_labels(images, source.spec.num_classes, label_names)):
+            say(f"assumed: {assumed}")
+    if train_labels and test_labels:
+        check_same_classes(train_set, test_set)
     if eval_data is None and test_labels and test_set.fingerprint == train_set.fingerprint:
         raise UsageError(f"{data} has no test images apart from its training images: give some with --eval.")
     return train_set, test_set, label_names

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from gplq.errors import UsageError
@@ -72,6 +72,12 @@ def total(value: Tensor) -> Tensor:
     """The sum of a tensor over all processes, on its device."""
     result: Tensor = reduce(value.to(processes().device), "sum") if processes().num_processes > 1 else value
     return result.to(value.device)
+
+
+def gathered(items: list[T]) -> list[T]:
+    """The items of all processes, those of the first process first."""
+    found: list[T] = gather_object(items)
+    return found
 
 
 def average(tensors: Sequence[Tensor]) -> None:

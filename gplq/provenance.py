@@ -6,6 +6,8 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+from gplq.files import printable
+
 PACKAGES = ("gplq", "torch", "timm", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu")
 
 
@@ -19,7 +21,7 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [printable(argument) for argument in sys.argv],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,

@@ -1,4 +1,4 @@
-"""Where images come from: npz files, image folders and tar shards. :func:`gplq.data.open_images` chooses among them.
+"""Where images come from: npz files, files and tar shards. :func:`gplq.data.open_images` chooses among them.
 
 Every source ends up as numbered pictures that can be read in any order, so that a training order is drawn once, and an
 interrupted run goes on with exactly the images that were left.
@@ -11,7 +11,7 @@ import re
 import tarfile
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from gplq.errors import DataError
+from gplq.files import printable
 from gplq.progress import progress
 
 SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}
@@ -89,11 +89,17 @@ class Files(Pictures):
 
     def name(self, row: int) -> str:
         """The path."""
-        return self.paths[row]
+        return printable(self.paths[row])
 
     def read(self, row: int) -> bytes:
         """The content of the file."""
-        return Path(self.paths[row]).read_bytes()
+        path = Path(self.paths[row])
+        try:
+            return path.read_bytes()
+        except FileNotFoundError as error:
+            if not path.is_symlink():
+                raise
+            raise FileNotFoundError(f"it is a link to {printable(path.readlink())}, which is not there") from error
 
 
 class Members(Pictures):
@@ -116,7 +122,7 @@ class Members(Pictures):
 
     def name(self, row: int) -> str:
         """Such as ``a/3.jpg in shard.tar``."""
-        return f"{self.names[row]} in {self.shards[self.shard_of[row]]}"
+        return printable(f"{self.names[row]} in {self.shards[self.shard_of[row]]}")
 
     def read(self, row: int) -> bytes:
         """The content of the member."""
@@ -137,6 +143,7 @@ class Found:
         source: where it is, for messages.
         orders_classes: the classes are in the order of their names, which the source does not state.
         fingerprint: identifies the images, whether or not their labels were asked for.
+        left_out: what was found and is no picture that could be read, and why, in words.
     """
 
     pictures: Pictures
@@ -145,6 +152,7 @@ class Found:
     source: str
     fingerprint: str
     orders_classes: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 def fingerprint(pictures: Pictures, listing: "hashlib._Hash") -> str:
@@ -197,73 +205,16 @@ def open_npz(path: Path, split: str, need_labels: bool) -> Found:
         raise DataError(f"{path}: labels must be integers; found {labels.dtype}.")
     if len(images) == 0:
         raise DataError(f"{path} holds no {split} images.")
+    if images.max() <= 1:
+        raise DataError(f"{path}: no pixel of the {split} images is above 1; black is 0 and white 255.")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     numbers = None if labels is None else labels.astype(np.int64).tolist()
     return Found(Arrays(images, path), numbers, None, str(path), f"{digest}/{names[0]}")
 
 
-def open_folder(path: Path, split: str, need_labels: bool) -> Found:
-    """A folder of class folders or of tar shards; or, without labels, of images at any depth."""
-    root = _split_folder(path, split)
-    shards = sorted(root.glob("*.tar"))
-    if shards:
-        return open_shards(_shards_of_split(shards, root, split), str(root), need_labels)
-    labels, classes = None, None
-    try:
-        if need_labels:
-            folder = ImageFolder(str(root))
-            paths, labels, classes = [name for name, _ in folder.samples], folder.targets, folder.classes
-        else:
-            paths = list(_image_files(root))
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{root} is not an image folder: {str(error).splitlines()[0]} Expected {root.name}/<class>/<image files>."
-            f"{_hint(root)}"
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot read {root}: {error.strerror}.") from error
-    if not paths:
-        raise DataError(f"{root} holds no images ({', '.join(IMG_EXTENSIONS)}).{_hint(root)}")
-    listing = hashlib.sha256()
-    for name in paths:
-        listing.update(f"{Path(name).relative_to(root)} {_size(name)}\n".encode(errors="surrogateescape"))
-    pictures = Files(paths)
-    return Found(pictures, labels, classes, str(root), fingerprint(pictures, listing), orders_classes=True)
-
-
-def _size(name: str) -> int:
-    """In bytes; -1 of what cannot be asked, such as a link to nowhere: whether that is fatal is decided at its turn."""
-    try:
-        return Path(name).stat().st_size
-    except OSError:
-        return -1
-
-
-def _image_files(root: Path) -> Iterator[str]:
-    """In the order of :class:`ImageFolder`, which also follows links."""
-    for folder, _, names in sorted(os.walk(root, followlinks=True)):
-        yield from (str(Path(folder, name)) for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS))
-
-
-def _hint(root: Path) -> str:
-    foreign = any(next(root.glob(pattern), None) for pattern in ("*.arrow", "*.parquet", "dataset_*.json"))
-    return f" It looks like a Hugging Face data set: write hf:{root}." if foreign else ""
-
-
-def _split_folder(path: Path, split: str) -> Path:
-    """``path`` itself, or its sub-folder for ``split`` if it is divided into splits."""
-    divided = any((path / name).is_dir() for names in SPLITS.values() for name in names)
-    if not divided:
-        return path
-    for name in SPLITS[split]:
-        if (path / name).is_dir():
-            return path / name
-    raise DataError(f"{path} has no {split} images: expected a sub-folder {' or '.join(SPLITS[split])}.")
-
-
-def _shards_of_split(shards: list[Path], root: Path, split: str) -> list[Path]:
-    """All shards; or those of ``split`` if their names tell, so that training and test images never mix."""
+def shards_of_split(shards: list[Path], root: Path, split: str) -> list[Path]:
+    """All shards of a folder; or those of ``split`` if their names tell, so that training and test images never mix."""
     words = {shard: set(re.findall("[a-z]+", shard.stem.lower())) for shard in shards}
     known = {name for names in SPLITS.values() for name in names}
     if not any(words[shard] & known for shard in shards):

@@ -26,6 +26,7 @@ def test_quantise_then_measure(
 ) -> None:
     out = tmp_path / "new" / "model.pt"
     common = ["quantize", str(model_folder), "--data", str(npz_file), "--recipe", str(recipe_file), "--out", str(out)]
+    common.append("--trust-labels")  # of a random model
     assert main(common) == 0
     output = capsys.readouterr().out
     assert [name in output for name in ("FP32 ", "W32A4 ", "W4A4 ", f"wrote {out}")] == [True] * 4
@@ -183,12 +184,12 @@ def long_run(
     folder = tmp_path_factory.mktemp("long")
     recipe = folder / "long.yaml"
     recipe.write_text(fast_recipe(epochs=25, checkpoint_seconds=1e-6).to_yaml())
-    arguments = ["quantize", model_folder, "--data", npz_file, "--recipe", recipe, "--out"]
+    arguments = ["quantize", model_folder, "--trust-labels", "--data", npz_file, "--recipe", recipe, "--out"]
     assert main([str(argument) for argument in (*arguments, folder / "whole.pt")]) == 0
     return arguments, torch.load(folder / "whole.pt", weights_only=True)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(
     number: signal.Signals,
     code: int,
@@ -223,3 +224,32 @@ def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(
     assert actual["recipe"]["calibration"]["rotate"]
     assert actual["provenance"]["rotation"] == expected["provenance"]["rotation"]
     assert actual["provenance"]["rotation"]["residual"]
+
+
+SLOW = """
+import sys, time
+from gplq.cli import main
+from gplq.sources import Files
+
+read = Files.read
+Files.read = lambda self, row: time.sleep(0.5) or read(self, row)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="asks Linux for the children of a process")
+def test_sigterm_leaves_no_process_behind(quantised: Quantised, image_folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    arguments = [sys.executable, str(script), "eval", str(quantised.path), "--data", str(image_folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # as many read images
+    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + 60
+        while len(workers := children.read_text().split()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.terminate()
+        error = process.communicate(timeout=60)[1]
+    assert (process.returncode, error) == (143, "\ngplq: terminated\n")
+    assert len(workers) == 2
+    assert [worker for worker in workers if Path(f"/proc/{worker}").exists()] == []

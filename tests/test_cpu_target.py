@@ -17,9 +17,10 @@ from gplq import stage2
 from gplq.calibrate import calibrate, calibrate_on
 from gplq.checkpoint import Checkpoint, integer_linears
 from gplq.convert import convert
-from gplq.data import ImageSet, Preprocessing, open_images
+from gplq.data import ImageSet, open_images
 from gplq.errors import PrecisionError
 from gplq.models import ModelSpec
+from gplq.preprocessing import Preprocessing
 from gplq.recipe import Recipe
 from gplq_export.kernels import Kernel, check_kernels, onnxruntime_kernels, openvino_kernels
 from gplq_export.lowering import lower

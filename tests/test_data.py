@@ -1,7 +1,6 @@
 """npz files and image folders: what is read, and what every error says."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,23 +13,19 @@ import pytest
 import torch
 from conftest import CLASSES, Quantised, make_arrays
 from PIL import Image
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from torchvision.datasets import ImageFolder
 
 from gplq.checkpoint import Checkpoint
 from gplq.cli import main
 from gplq.data import (
     ImageSet,
-    Preprocessing,
     batches,
-    check_labels,
-    class_names,
     draw,
     open_images,
     open_test_images,
 )
 from gplq.errors import DataError
 from gplq.evaluate import top1
+from gplq.preprocessing import Preprocessing
 from gplq.sources import Files
 
 GREY = Preprocessing((1, 16, 16), "bilinear", 1.0, "center", (0.5,), (0.25,))
@@ -149,7 +144,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[Callable[[], Path], str]]:
         "float-labels": (npz(images=pixels, labels=labels * 1.0), "labels must be integers; found float64"),
         "pickled-labels": (npz(images=pixels, labels=labels.astype(object)), "without pickled objects"),
         "empty-folder": (lambda: make_folder("void"), "is not an image folder"),
-        "class-without-images": (lambda: make_folder("classes/cat").parent, "is not an image folder"),
+        "class-without-images": (lambda: make_folder("classes/cat").parent, "class and holds no picture"),
         "only-val-folder": (lambda: make_folder("split/val").parent, "no train images: expected a sub-folder train"),
     }
 
@@ -352,36 +347,6 @@ def test_test_images_have_the_labels_of_the_model(image_folder: Path, checkpoint
         open_test_images(image_folder, checkpoint, None)
 
 
-def test_folders_are_matched_to_label_names_whatever_their_order(image_folder: Path) -> None:
-    images = open_images(image_folder, "test", GREY)
-    model_names = ["top-right", "unused", "top-left", "bottom-right", "bottom-left"]
-    expected = [model_names.index(Path(path).parent.name) for path in images.pictures.paths]
-    for _ in range(2):  # a second call changes nothing
-        check_labels(images, 5, model_names)
-        assert list(images.labels) == expected
-
-
-def test_folders_of_other_names_are_matched_by_order_if_all_are_there(image_folder: Path) -> None:
-    images = open_images(image_folder, "test", GREY)
-    before = list(images.labels)
-    check_labels(images, 4, ["a", "b", "c", "d"])
-    check_labels(images, 4, None)
-    assert list(images.labels) == before
-
-
-def test_folders_that_cannot_be_matched_are_refused(image_folder: Path) -> None:
-    with pytest.raises(DataError, match="4 classes, the model 10"):
-        check_labels(open_images(image_folder, "test", GREY), 10, None)
-
-
-def test_labels_outside_the_model_are_refused(tmp_path: Path) -> None:
-    pixels, _ = make_arrays(3, seed=0)
-    for labels in ([0, 1, 4], [-1, 0, 1]):
-        images = open_images(write_npz(tmp_path / "n.npz", images=pixels, labels=np.array(labels)), "train", GREY)
-        with pytest.raises(DataError, match=f"labels {min(labels)} … {max(labels)}, the model has 4 classes"):
-            check_labels(images, 4, None)
-
-
 def test_head_is_spread_over_the_set(npz_file: Path) -> None:
     images = open_images(npz_file, "test", GREY)
     few = images.head(4)
@@ -406,135 +371,21 @@ def test_batches_follow_the_indices(npz_file: Path) -> None:
     assert found[1][1].tolist() == [images.labels[2]]
 
 
-def test_preprocessing_round_trip() -> None:
-    assert Preprocessing.from_dict(COLOUR.to_dict()) == COLOUR
-
-
-@pytest.mark.parametrize("size", [(3, 40, 40), (3, 40, 24), (1, 32, 32)], ids=str)
-@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
-@pytest.mark.parametrize(
-    ("crop_pct", "interpolation"), [(0.9, "bicubic"), (1.0, "bilinear"), (0.0, "nearest"), (1.3, "box")]
-)
-def test_steps_in_words_are_what_the_transform_does(
-    size: tuple[int, int, int], crop_mode: str, crop_pct: float, interpolation: str
-) -> None:
-    """An interpreter of the words, in Pillow and NumPy, against timm's transform, bit for bit but for the division."""
-    mean, std = (0.485, 0.456, 0.406)[: size[0]], (0.25,) * size[0]
-    preprocessing = Preprocessing(size, interpolation, crop_pct, crop_mode, mean, std)
-    for height, width in ((50, 75), (90, 33), (20, 20)):
-        pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        found = _follow(preprocessing.steps(), Image.fromarray(pixels))
-        expected = preprocessing.transform()(Image.fromarray(pixels).convert(preprocessing.image_mode)).numpy()
-        assert found.shape == expected.shape == size
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def _follow(steps: list[str], image: Image.Image) -> "np.ndarray[Any, np.dtype[np.float64]]":
-    convert, resize, crop, divide, subtract, scale = steps
-
-    def numbers(text: str) -> list[float]:
-        return [float(number) for number in re.findall(r"\d+\.?\d*", text)]
-
-    image = image.convert({"convert to grey": "L", "convert to RGB": "RGB"}[convert.split(",")[0]])
-    width, height = image.size
-    how, where = resize.removeprefix("resize, ").split(": ")
-    if "shorter side" in where:
-        (side,) = numbers(where)
-        goal = [int(side * size / min(width, height)) for size in (height, width)]
-    else:
-        tall, wide = numbers(where)
-        factors = tall / height, wide / width
-        factor = max(factors) if "as small as covers" in where else min(factors)
-        goal = [round(height * factor), round(width * factor)] if "in proportion" in where else [int(tall), int(wide)]
-    image = image.resize((goal[1], goal[0]), Image.Resampling[how.split()[0].upper()])
-    shape, _, fill = crop.partition(", filled up with ")
-    tall, wide = (int(number) for number in numbers(shape))
-    array = np.asarray(image).reshape(goal[0], goal[1], -1)
-    missing = [max(tall - goal[0], 0), max(wide - goal[1], 0)]
-    assert fill or not any(missing)
-    colour = np.array(numbers(fill) or [0]) * np.ones(array.shape[2])
-    canvas = np.ones((goal[0] + missing[0], goal[1] + missing[1], 1)) * colour
-    top, left = missing[0] // 2, missing[1] // 2
-    canvas[top : top + goal[0], left : left + goal[1]] = array
-    top, left = (round((have - want) / 2) for have, want in zip(canvas.shape[:2], (tall, wide), strict=True))
-    tensor = canvas[top : top + tall, left : left + wide].transpose(2, 0, 1) / numbers(divide)[0]
-    mean, std = (np.array(numbers(text)).reshape(-1, 1, 1) for text in (subtract, scale))
-    result: np.ndarray[Any, np.dtype[np.float64]] = (tensor - mean) / std
-    return result
-
-
-PREPROCESSING = Preprocessing((1, 16, 16), "bilinear", 1.0, "center", (0.5,), (0.25,))
-
-
 @pytest.mark.parametrize(("dtype", "suffix"), [(np.uint16, "png"), (np.int32, "tif"), (np.float32, "tif")])
 def test_pixels_of_more_than_8_bits_are_refused_or_skipped(dtype: Any, suffix: str, image_folder: Path) -> None:
     # Pillow would make them white or black: chance accuracy, and no word.
     wide = image_folder / "val" / CLASSES[0] / f"wide.{suffix}"
     Image.fromarray((np.arange(256).reshape(16, 16) * 200).astype(dtype)).save(wide)
-    images = open_images(str(image_folder), "test", PREPROCESSING)
+    images = open_images(str(image_folder), "test", GREY)
     row = next(row for row in range(len(images)) if images.pictures.name(row) == str(wide))
     with pytest.raises(DataError, match=r"wide\..* has .*(16-bit|32-bit|floating).*convert it to 8 bits"):
         images[row]
-    images = open_images(str(image_folder), "test", PREPROCESSING, bad_images="skip")
+    images = open_images(str(image_folder), "test", GREY, bad_images="skip")
     assert sum(len(labels) for _, labels in batches(images, 4)) == len(images) - 1
     assert images.skipped == {row}
 
 
-def numbered(tmp_path: Path, names: list[str]) -> ImageSet:
-    for name in names:
-        (tmp_path / "folders" / name).mkdir(parents=True)
-        Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "folders" / name / "0.png")
-    return open_images(str(tmp_path / "folders"), "train", PREPROCESSING)
-
-
-@pytest.mark.parametrize("names", [["1", "2", "10"], ["ant", "Zebra", "bee"]])
-def test_an_order_that_timm_and_torchvision_see_differently_is_asked_for(names: list[str], tmp_path: Path) -> None:
-    images = numbered(tmp_path, names)
-    with pytest.raises(DataError, match="--class-order alphabetical, natural, or a FILE"):
-        check_labels(images, 3, None)
-    by_timm = ReaderImageFolder(str(tmp_path / "folders")).class_to_idx
-    assert class_names(images, 3, "natural") == sorted(by_timm, key=by_timm.__getitem__)
-    assert class_names(images, 3, "alphabetical") == ImageFolder(str(tmp_path / "folders")).classes
-    check_labels(images, 3, class_names(images, 3, "natural"))
-    found = {Path(images.pictures.name(row)).parent.name: label for row, label in enumerate(images.labels)}
-    assert found == by_timm
-
-
-def test_an_order_from_a_file(tmp_path: Path) -> None:
-    images = numbered(tmp_path, ["1", "2", "10"])
-    order = tmp_path / "order.txt"
-    order.write_text("2\n10\n\n1\n")
-    assert class_names(images, 3, str(order)) == ["2", "10", "1"]
-    for content, what in (("2\n10\n", "lacks '1'"), ("2\n10\n1\n1\n", "names a class twice")):
-        order.write_text(content)
-        with pytest.raises(DataError, match=what):
-            class_names(images, 3, str(order))
-    with pytest.raises(DataError, match="cannot read"):
-        class_names(images, 3, str(tmp_path / "none.txt"))
-
-
-def test_where_there_is_one_order_nothing_is_asked(tmp_path: Path) -> None:
-    images = numbered(tmp_path, ["a", "b", "c"])
-    check_labels(images, 3, None)
-    assert images.labels == [0, 1, 2]
-
-
-def test_two_labels_of_one_name(tmp_path: Path) -> None:
-    images = numbered(tmp_path, ["crane", "hen", "owl"])
-    with pytest.raises(DataError, match="more than one label 'crane'"):
-        check_labels(images, 4, ["crane", "hen", "crane", "owl"])
-    images.labels, images.classes = [0, 1, 2], ["crane", "hen", "crane"]  # as a shard's classes.json may say
-    check_labels(images, 3, ["crane", "hen", "crane"])
-    assert images.labels == [0, 1, 2]
-
-
-def test_both_sides_of_classes_that_do_not_match_are_shown(tmp_path: Path) -> None:
-    images = numbered(tmp_path, ["cat", "dog"])
-    with pytest.raises(DataError, match="Only the data has 'dog'; only the model has 'hen', 'owl'"):
-        check_labels(images, 3, ["cat", "hen", "owl"])
-
-
 def test_a_link_to_nowhere_is_a_bad_image(image_folder: Path) -> None:
     (image_folder / "val" / CLASSES[0] / "gone.png").symlink_to("/nowhere/x.png")
-    images = open_images(str(image_folder), "test", PREPROCESSING, bad_images="skip")
+    images = open_images(str(image_folder), "test", GREY, bad_images="skip")
     assert sum(len(labels) for _, labels in batches(images, 4)) == len(images) - 1

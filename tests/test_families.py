@@ -18,7 +18,7 @@ from gplq.calibrate import calibrate
 from gplq.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gplq.convert import convert, quant_layers, structure_of, units
 from gplq.coverage import FAMILIES, cover
-from gplq.data import ImageSet, Preprocessing, open_images
+from gplq.data import ImageSet, open_images
 from gplq.errors import MissingError, ModelError
 from gplq.fold import fold_channels, foldable_norms, readers
 from gplq.grid import round_scale
@@ -27,6 +27,7 @@ from gplq.layers import QuantMatMul
 from gplq.lsq import ActivationQuantizer
 from gplq.models import ModelSpec
 from gplq.ops import Codes
+from gplq.preprocessing import Preprocessing
 from gplq.recipe import Recipe
 from gplq.survey import input_size
 from gplq_export.engine import build_engine, find_builder

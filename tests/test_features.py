@@ -21,11 +21,11 @@ from gplq.calibrate import calibrate_on
 from gplq.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gplq.cli import main as gplq_main
 from gplq.convert import convert, structure_of
-from gplq.data import Preprocessing
 from gplq.errors import CheckpointError, ConfigError, ModelError
 from gplq.evaluate import Similarity, cosines
 from gplq.models import ModelSpec, load_model
 from gplq.pipeline import quantize
+from gplq.preprocessing import Preprocessing
 from gplq.survey import input_size
 from gplq_export.check.report import read_report
 from gplq_export.cli import main as export_main

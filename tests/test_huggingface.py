@@ -13,9 +13,11 @@ import torch
 from conftest import CLASSES, make_arrays
 from PIL import Image
 
-from gplq.data import Preprocessing, batches, check_labels, open_images
+from gplq.data import batches, open_images
 from gplq.errors import DataError, MissingError
 from gplq.huggingface import Request, cache_folder
+from gplq.labels import check_labels
+from gplq.preprocessing import Preprocessing
 
 GREY = Preprocessing((1, 16, 16), "bilinear", 1.0, "center", (0.5,), (0.25,))
 IMAGE, LABEL = datasets.Image(), datasets.ClassLabel(names=CLASSES)

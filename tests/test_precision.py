@@ -17,9 +17,10 @@ from gplq import stage2
 from gplq.calibrate import calibrate
 from gplq.checkpoint import Checkpoint
 from gplq.convert import convert
-from gplq.data import Preprocessing, open_images
+from gplq.data import open_images
 from gplq.errors import BuildError, MissingError, PrecisionError
 from gplq.models import ModelSpec
+from gplq.preprocessing import Preprocessing
 from gplq.recipe import Recipe
 from gplq.survey import input_size
 from gplq_export.engine import Backend, build_engine, find_builder

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gplq.data import Preprocessing
+from gplq.preprocessing import Preprocessing
 from gplq_export.triton.preprocess import Preprocess
 
 SIZES = [(16, 16), (17, 23), (40, 9), (5, 7), (224, 224), (100, 333), (301, 64), (1, 90)]

@@ -14,8 +14,9 @@ import yaml
 
 pytest.importorskip("tritonclient.grpc", reason="needs gplq[triton]")
 
-from gplq.data import Preprocessing, open_images
+from gplq.data import open_images
 from gplq.errors import GateError, UsageError
+from gplq.preprocessing import Preprocessing
 from gplq_export.triton import command, repository
 from gplq_export.triton.check import check_repository, read_config
 from gplq_export.triton.config import ServingOptions, schema

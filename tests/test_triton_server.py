@@ -25,8 +25,8 @@ from PIL import Image
 from triton_server import ServerError, TritonServer, serve
 
 from gplq.checkpoint import Checkpoint
-from gplq.data import Preprocessing
 from gplq.errors import DataError, GateError, GplqError, MissingError, UsageError
+from gplq.preprocessing import Preprocessing
 from gplq_export import cli
 from gplq_export.check.report import read_report
 from gplq_export.export import export

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gplq.cli import DATA, positive
+from gplq.cli import DATA, TRUST, positive
 from gplq.errors import GateError, GplqError, MissingError, UsageError
 
 if TYPE_CHECKING:
     from gplq.checkpoint import Checkpoint
+    from gplq.models import FloatModel
     from gplq_export.check.report import Report
     from gplq_export.check.subject import Files
     from gplq_export.runtimes import Run
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 EPILOGS = ["example: gplq-export check dist --data images.npz", DATA]
 _GROUPS = {"trt": ".plan", "triton": "served"}
 _NAMED = 5
+_ASKED = 512  # images, whether their labels are the model's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("images")
     images.add_argument("--data", help="test images; see below")
     images.add_argument("--no-labels", action="store_true", help="--data has no labels: compare, but measure no top-1")
+    images.add_argument("--trust-labels", action="store_true", help=TRUST)
     images.add_argument("--images", type=positive, help="use so many of them, evenly spread (default: all)")
     images.add_argument(
         "--forced-images",
@@ -82,13 +85,16 @@ def run(arguments: argparse.Namespace) -> None:
     files = Files.of(arguments.paths)
     checkpoint = find_checkpoint(files, arguments.checkpoint)
     images = _images(arguments, checkpoint)
+    float_model = find_float_model(checkpoint, arguments.float)
+    if not arguments.trust_labels:
+        _doubt_labels(images, checkpoint, float_model)
     folder = arguments.report or files.folder / "reports"
     with contextlib.ExitStack() as stack:
         settings = Settings(
             forced_images=arguments.forced_images,
             thresholds=thresholds,
             expected_top1=arguments.expect_top1,
-            float_model=find_float_model(checkpoint, arguments.float),
+            float_model=float_model,
             served=_served(arguments, stack),
             state=folder / ".check.npz",
             trust_engine=arguments.trust_engine,
@@ -164,6 +170,17 @@ def _images(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> Any:
 
     labels = not arguments.no_labels and checkpoint.spec.num_classes > 0
     return open_test_images(arguments.data, checkpoint, arguments.images, need_labels=labels)
+
+
+def _doubt_labels(images: Any, checkpoint: "Checkpoint", float_model: "FloatModel | None") -> None:
+    """Stop before hours of work if the answers of the float model, or else the checkpoint, speak against the labels."""
+    from gplq.data import ImageSet
+    from gplq.doubt import trusted_top1
+
+    if not isinstance(images, ImageSet) or min(images.labels) < 0 or checkpoint.trusts_labels:
+        return
+    model, what = (checkpoint.model, "Checkpoint") if float_model is None else (float_model.model, "FP32")
+    trusted_top1(model, images.head(_ASKED), checkpoint.spec.num_classes, what)
 
 
 def _with_latency(arguments: argparse.Namespace, files: "Files", report: "Report", thresholds: Any) -> "Report":

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gplq.data import ImageSet, Preprocessing, batches
+from gplq.data import ImageSet, batches
+from gplq.preprocessing import Preprocessing
 from gplq_export.check.report import Data
 
 Images = ImageSet | Sequence[Tensor]

@@ -118,6 +118,7 @@ def find_float_model(checkpoint: Checkpoint, given: str | None = None) -> FloatM
             model_args=spec.model_args,
             num_classes=spec.num_classes if is_file or spec.num_classes == 0 else None,
             checkpoint_key=checkpoint.provenance.get("source_key") if Path(source).exists() else None,
+            preprocessing=checkpoint.preprocessing.settings(),
         )
     except ModelError as error:
         if given:

@@ -131,7 +131,8 @@ def _report(folder: Path, problems: list[Problem], *, as_json: bool) -> None:
 
 def _first_image(export: Path, data: str) -> "NDArray[np.float32]":
     """A test image after preprocessing, [C, H, W]."""
-    from gplq.data import Preprocessing, open_images
+    from gplq.data import open_images
+    from gplq.preprocessing import Preprocessing
     from gplq_export.triton.export_folder import Export
 
     preprocessing = Preprocessing.from_dict(Export(export).preprocessing)

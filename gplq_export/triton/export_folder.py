@@ -55,7 +55,7 @@ class Export:
 
     Attributes:
         checkpoint_sha256: of what was exported.
-        preprocessing: how images become tensors; plain data of :class:`gplq.data.Preprocessing`.
+        preprocessing: how images become tensors; plain data of :class:`gplq.preprocessing.Preprocessing`.
         labels: the names of the classes; numbers if the checkpoint names none; None for a network without classes.
     """
 

@@ -1,7 +1,7 @@
 """An encoded image -> what the network takes; the same bits as timm's evaluation transform gives.
 
 This file is copied into the repository and runs inside the server, which has NumPy and Pillow, and neither torch nor
-timm nor gplq. tests/test_triton_preprocess.py compares it with :class:`gplq.data.Preprocessing`.
+timm nor gplq. tests/test_triton_preprocess.py compares it with :class:`gplq.preprocessing.Preprocessing`.
 """
 
 import io
@@ -30,6 +30,9 @@ class Preprocess:
         self.resample = Image.Resampling[settings["interpolation"].upper()]
         fill = tuple(round(255 * value) for value in settings["mean"]) if self.crop_mode == "border" else (0, 0, 0)
         self.fill: int | tuple[int, ...] = fill[0] if self.mode == "L" else fill
+        for key in ("mean", "std"):
+            if len(settings[key]) != channels:
+                raise ValueError(f"{key} has {len(settings[key])} numbers for {channels} channels")
         self.mean, self.std = (np.array(settings[key], np.float32)[:, None, None] for key in ("mean", "std"))
 
     def __call__(self, encoded: bytes) -> NDArray[np.float32]:
@@ -48,6 +51,8 @@ class Preprocess:
             if file.mode in ("I", "F") or file.mode.startswith("I;16"):  # Pillow cuts them off: white or black
                 raise ValueError(f"its pixels have more than 8 bits (Pillow's mode {file.mode}): convert it to 8")
             image = file.convert(self.mode)
+            if file.has_transparency_data and _is_constant(image) and not _is_constant(file.convert("RGBA").split()[3]):
+                raise ValueError("its picture is in its transparency alone, which the model does not see")
         image = self._crop(self._resize(image))
         pixels = np.asarray(image, np.float32) / np.float32(255)
         planes = pixels[None] if self.mode == "L" else pixels.transpose(2, 0, 1)
@@ -80,6 +85,10 @@ class Preprocess:
             image = ImageOps.expand(image, (x // 2, y // 2, (x + 1) // 2, (y + 1) // 2), self.fill)
         top, left = round((image.height - self.height) / 2), round((image.width - self.width) / 2)
         return image.crop((left, top, left + self.width, top + self.height))
+
+
+def _is_constant(image: Image.Image) -> bool:
+    return all(low == high for low, high in (band.getextrema() for band in image.split()))
 
 
 def _check_size(height: int, width: int) -> None:
