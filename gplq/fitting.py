@@ -111,8 +111,8 @@ def _through_filter(
             raise ModelError(f"the weights in {where} do not fit the architecture: {misfit.sentence(model, fitting)}")
         resampled = {
             name: (list(weights[name].shape), list(tensor.shape))
-            for name, tensor in fitting.items()
-            if name in weights and weights[name].numel() != tensor.numel() and name not in _first_convs(model)
+            for name, tensor in filtered.items()
+            if name in weights and weights[name].numel() != tensor.numel()
         }
         _allow(resampled, model, where, sizes_given)
         _fill(model, fitting, where)

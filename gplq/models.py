@@ -65,17 +65,12 @@ class ModelSpec:
             model: nn.Module = timm.create_model(
                 self.architecture, pretrained=pretrained, num_classes=self.num_classes, **self.model_args
             )
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-            AssertionError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-        ) as error:
-            reason = first_line(error)
-            raise ModelError(f"timm cannot build {self.architecture} with {self.model_args}: {reason}") from error
+        except ModelError:
+            raise
+        except Exception as error:  # a constructor stumbles over an argument in any way there is
+            raise ModelError(
+                f"timm cannot build {self.architecture} with {self.model_args}: {first_line(error)}"
+            ) from error
         _keep_size(model, self.model_args)
         check_supported(model)
         return model.eval()
