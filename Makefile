@@ -22,10 +22,10 @@ SERVER_STAMP   := $(SERVER)/.installed-$(SERVER_VERSION)
 QUIET := $(if $(CI),--progress-bar off)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check setup clean $(SERVER)
+.PHONY: help demo test lint types check families setup clean $(SERVER)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  The first use installs everything into $(VENV) (a few minutes, about 6 GB). Without CUDA it is about 1.5 GB:"
 	@echo "  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu    (after 'make clean', if set up before)"
@@ -44,6 +44,9 @@ types: $(STAMP) ## run mypy in strict mode
 	@$(BIN)/mypy
 
 check: lint types test ## lint, types and test
+
+families: $(STAMP) ## look at every architecture of timm and write docs/families.md (minutes)
+	@$(BIN)/python scripts/families.py
 
 setup: $(STAMP) ## only install
 

@@ -67,9 +67,9 @@ def convert(model: nn.Module, recipe: Recipe, image_size: tuple[int, int, int] |
     make_plain(model)
     image_size = image_size or input_size(model)
     seen = survey(model, image_size)
-    check_layers(model, seen)
-    aliases = _aliases(model)
     structure = plan(model, seen)
+    check_layers(model, seen, structure.floats)
+    aliases = _aliases(model)
     structure.image_size = image_size
     factory = _QuantizerFactory(recipe)
     for name, bias in seen.biases.items():
@@ -283,8 +283,9 @@ def _take_bias(linear: nn.Module, bias: Tensor | None) -> None:
 def check_supported(model: nn.Module) -> None:
     """Raise a :class:`ModelError` that names what of ``model`` cannot be quantised. Works on the meta device."""
     seen = survey(model.eval(), input_size(model))
-    check_layers(model, seen)
-    if not plan(model, seen).units:
+    structure = plan(model, seen)
+    check_layers(model, seen, structure.floats)
+    if not structure.units:
         raise ModelError(
             f"{type(model).__name__} has neither attention nor linears inside: there is nothing to quantise."
         )

@@ -4,6 +4,7 @@
 its weight and bias alone, that runs once for an image, and that nothing else reaches into.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -60,8 +61,8 @@ def _freeze_parametrized(module: nn.Module) -> None:
         module.register_parameter(name, nn.Parameter(value))
 
 
-def check_layers(model: nn.Module, seen: Survey) -> None:
-    """Refuse what cannot be converted.
+def check_layers(model: nn.Module, seen: Survey, floats: Collection[str]) -> None:
+    """Refuse what cannot be converted; layers that stay in floating point (``floats``) may do as they like.
 
     Raises:
         ModelError: with the layer and the reason.
@@ -72,13 +73,13 @@ def check_layers(model: nn.Module, seen: Survey) -> None:
                 f"layer '{name}' ({type(module).__name__}) of this model is not supported: gplq quantises nn.Linear, "
                 "nn.Conv2d and products of activations. It would need a quantised form in gplq/layers.py."
             )
-    for name in seen.repeated:
+    for name in (name for name in seen.repeated if name not in floats):
         kind = type(model.get_submodule(name)).__name__
         raise ModelError(
             f"layer '{name}' ({kind}) runs more than once for an image, and each time would need scales of its own: "
             "give each use a copy (copy.deepcopy)."
         )
-    for name in (*seen.layers, *seen.products):
+    for name in (*(name for name in seen.layers if name not in floats), *seen.products):
         module = model.get_submodule(name)
         if name in seen.layers and "weight" not in dict(module.named_parameters(recurse=False)):
             raise ModelError(f"the weight of layer '{name}' is computed when it runs: {_MERGE}.")
