@@ -137,7 +137,7 @@ class _Recorder(TorchFunctionMode):
         self.names = {id(module): name for name, module in model.named_modules()}
         self.owners = {id(m.weight): self.names[id(m)] for m in model.modules() if isinstance(m, nn.Linear)}
         self.last = model
-        self.by_constants: dict[nn.Module, Any] = {}
+        self.by_constants: list[tuple[Any, list[nn.Module]]] = []
         self.stack: list[nn.Module] = [model]
         self.seen = Survey()
 
@@ -164,9 +164,9 @@ class _Recorder(TorchFunctionMode):
 
     def finish(self) -> None:
         """Refuse what only the whole pass shows: products that cannot be told from others in the same module."""
-        for module, func in self.by_constants.items():
-            if self.names[id(module)] in self.seen.products:
-                self._refuse(func, module, "multiplies by what does not depend on the image, beside its products,")
+        for func, stack in self.by_constants:
+            if any(self.names[id(module)] in self.seen.products for module in stack):
+                self._refuse(func, stack[-1], "multiplies by what does not depend on the image, beside products,")
 
     def where(self) -> str:
         """The module that began last: in it or right behind it a network failed."""
@@ -193,7 +193,7 @@ class _Recorder(TorchFunctionMode):
             else:
                 if (a.requires_grad or b.requires_grad) and any(isinstance(x, nn.Parameter) for x in (a, b)):
                     self._refuse(func, module, "multiplies by a parameter that is not a linear's weight")
-                self.by_constants[module] = func
+                self.by_constants.append((func, list(self.stack)))
         elif func in _UNSUPPORTED:
             tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             activations = [x for x in tensors if x.requires_grad]
