@@ -29,6 +29,10 @@ _FOREIGN = {
     r"\.weight_[gv]$": "weights under weight_norm: call torch.nn.utils.remove_weight_norm(), then save",
     r"\.(weight_scale|weight_scale_inv|qweight|qzeros|SCB|absmax|quant_map)$": "weights that are quantised already: "
     "start from the float ones",
+    r"^fc_norm\.": "those of a model with average pooling: --model-arg global_pool=avg",
+    r"^reg_token$": "those of a model with registers: --model-arg reg_tokens=N",
+    r"^dist_token$": "those of a distilled model: an --arch with 'distilled' in its name",
+    r"\.ls1\.gamma$": "those of a model with layer scale: --model-arg init_values=1 (the weights replace the number)",
     r"encoder\.layer\.\d+\.|embeddings\.patch_embeddings\.": "the names of the package transformers: timm publishes "
     "the same weights under its own names (timm.list_pretrained())",
     r"encoder\.layers\.encoder_layer_\d+\.|^features\.\d+\.\d+\.": "the names of torchvision, whose weights do not fit "

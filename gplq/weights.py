@@ -31,6 +31,8 @@ Weights = dict[str, Tensor]
 _AVERAGED = re.compile(r"(^|[._])(ema|teacher|swa)($|[._])")
 # Where weights lie whose names tell nothing; in timm's order.
 _USUAL = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
+# What torch.compile, FSDP and activation checkpointing put in front of a module's names, wherever in the network it is.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _DEEPEST = 8  # dicts within dicts; of a real checkpoint's weights at most four
 # Plain data that training scripts store beside the weights: timm allows the first, and NumPy's numbers run no code.
 _SAFE_GLOBALS: list[Any] = [
@@ -148,7 +150,7 @@ def _blocked(path: Path, text: str) -> list[str]:
 def _tensors(content: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     """All tensors in nested dicts and lists, by their path, such as ``state_dict.head.weight``."""
     if isinstance(content, Tensor) and path:
-        yield path, content
+        yield ".".join(part for part in path.split(".") if part not in _WRAPPERS), content
     elif isinstance(content, dict | list | tuple) and depth < _DEEPEST:
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
             yield from _tensors(value, f"{path}.{key}" if path else str(key), depth + 1)

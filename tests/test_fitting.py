@@ -145,6 +145,9 @@ def test_what_is_no_float_weight_is_named(change: Any, tmp_path: Path) -> None:
         ("blocks.0.mlp.fc1.parametrizations.weight.original0", "under a parametrisation"),
         ("blocks.0.mlp.fc1.weight_g", "remove_weight_norm"),
         ("blocks.0.mlp.fc1.weight_scale", "quantised already"),
+        ("fc_norm.weight", "global_pool=avg"),
+        ("reg_token", "reg_tokens=N"),
+        ("blocks.0.ls1.gamma", "init_values=1"),
         ("decoder_blocks.0.norm.weight", "1 unexpected .first: decoder_blocks.0.norm.weight."),
     ],
 )

@@ -57,6 +57,8 @@ def optimiser() -> dict[str, Any]:
         lambda: prefixed("backbone."),
         lambda: {**prefixed("backbone."), "criterion.weight": torch.ones(4)},
         lambda: prefixed("student.backbone."),
+        lambda: {name.replace("blocks.0.", "blocks.0._orig_mod."): each for name, each in state().items()},
+        lambda: prefixed("_fsdp_wrapped_module.module."),
         lambda: collections.OrderedDict(prefixed("a.b.c.d.")),
         lambda: (state(), {"epoch": 3}),
         lambda: {"state_dict": state(), "best": np.float64(0.9), "epoch": np.int64(3), "history": np.zeros(3)},
