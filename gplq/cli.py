@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import io
+import logging
 import os
 import shlex
 import signal
@@ -92,10 +93,15 @@ def _without_warnings() -> Iterator[None]:
 
     Warnings that are to be errors still are.
     """
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.showwarning = lambda *_, **__: None
-        yield
+            logging.disable(max(before, logging.WARNING))
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def _parser() -> argparse.ArgumentParser:

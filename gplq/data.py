@@ -244,7 +244,9 @@ def open_test_images(
     if need_labels:
         # Before there was a --class-order, every folder was in alphabetical order.
         old = "class_order" not in checkpoint.provenance.get("arguments", {})
-        check_labels(images, checkpoint.spec.num_classes, checkpoint.label_names, order_is_known=old)
+        assumed = check_labels(images, checkpoint.spec.num_classes, checkpoint.label_names, order_is_known=old)
+        if assumed:
+            tqdm.write(f"assumed: {assumed}", file=sys.stderr)
     return images.head(limit)
 
 

@@ -17,8 +17,8 @@ from gplq.evaluate import Accuracy, answers
 
 Numbers = NDArray[np.int64]
 
-_DEVIATIONS = 3  # chance alone reaches so many once in 740 times
-_ERRORS = 0.25  # the share of the errors that another numbering must explain
+_DEVIATIONS = 3.29  # 99.9 %
+_ERRORS = 0.4  # the share of the errors that another numbering must explain
 _USEFUL = 0.2  # of the way from guessing to no errors: what is surely below is no classifier
 _SHOWN = 3
 
@@ -44,11 +44,11 @@ def doubt(labels: Numbers, said: Numbers, num_classes: int, names: Sequence[str]
     Two tests, in which few images alone or many classes alone raise no alarm:
 
     - *Numbering.* On every second image of each class, a one-to-one assignment of labels to answers is found, and held
-      against the other images, and the other way round. It is believed if it makes a quarter of the errors right, net
-      of the answers that it spoils, and if that is three standard deviations (McNemar's test: of the images that it
-      changes, half would improve by chance). An assignment that only fits the images on which it was found, as there
-      always is one for few images of many classes, gains nothing on others.
-    - *Guessing.* The 95 % interval (Wilson) begins below chance, 1 / classes or what the same answers would give if
+      against the other images, and the other way round. It is believed if it makes two fifths of the errors right, net
+      of the answers that it spoils, and if that is certain at 99.9 % (McNemar's test: of the images that it changes,
+      half would improve by chance). An assignment that only fits the images on which it was found, as there always is
+      one for few images of many classes, gains nothing on others.
+    - *Guessing.* The 99.9 % interval (Wilson) begins below chance, 1 / classes or what the same answers would give if
       they were dealt out to the images at random, and ends below the accuracy of a classifier that knows a fifth of the
       images and guesses the others.
 
@@ -80,7 +80,7 @@ def doubt(labels: Numbers, said: Numbers, num_classes: int, names: Sequence[str]
             "in another order than the model (--class-order, names of folders, label_names); or the images are "
             f"prepared otherwise than in training. {_GO_ON}"
         )
-    low, high = Accuracy(int(right.sum()), len(labels)).interval()
+    low, high = Accuracy(int(right.sum()), len(labels)).interval(_DEVIATIONS)
     chance = 100 / num_classes
     shares = [np.bincount(numbers, minlength=num_classes) / len(numbers) for numbers in (labels, said)]
     if low <= max(chance, 100 * float(shares[0] @ shares[1])) and high < chance + _USEFUL * (100 - chance):

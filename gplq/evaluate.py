@@ -30,9 +30,9 @@ class Accuracy:
         """The share, in per cent."""
         return 100 * self.correct / self.n
 
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval, in per cent."""
-        z, share = 1.96, self.correct / self.n
+    def interval(self, z: float = 1.96) -> tuple[float, float]:
+        """Wilson's interval, in per cent; that of 95 %, or of another number of standard deviations."""
+        share = self.correct / self.n
         centre = share + z * z / (2 * self.n)
         half = z * math.sqrt(share * (1 - share) / self.n + z * z / (4 * self.n**2))
         return tuple(100 * (centre + sign * half) / (1 + z * z / self.n) for sign in (-1, 1))  # type: ignore[return-value]  # a generator has no length

@@ -100,7 +100,7 @@ def writing_error(path: Path, error: OSError) -> UsageError:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files, as they are
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -5,16 +5,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from unicodedata import category
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from gplq.errors import DataError
 from gplq.files import printable
+from gplq.labels import is_text
 from gplq.sources import SPLITS, Files, Found, fingerprint, open_shards, shards_of_split
 
 _APPLE = "._"  # before the name of a file, for what macOS knows of it and another file system cannot hold
-_NO_TEXT = ("Cc", "Cs")  # control characters; bytes that are no UTF-8
 
 
 @dataclass
@@ -120,8 +119,8 @@ def _classes(root: Path) -> tuple[list[str], list[int], list[str], list[str]]:
         if not found and not walk.left_out and not gone:
             kinds = ", ".join(IMG_EXTENSIONS)
             raise DataError(f"{shown} is the folder of a class and holds no picture ({kinds}). Fill or remove it.")
-        if any(category(letter) in _NO_TEXT for letter in name):
-            raise DataError(f"{shown}: the name of a class must be text in UTF-8. Rename the folder.")
+        if not is_text(name):
+            raise DataError(f"{shown}: the name of a class must be a line of text in UTF-8. Rename the folder.")
         classes.append(name)
         paths += found
         labels += [len(classes) - 1] * len(found)

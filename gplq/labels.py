@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unicodedata import category
 
 from timm.utils.misc import natural_key
 
@@ -164,7 +165,7 @@ def class_names(images: "ImageSet", num_classes: int, order: str) -> list[str]:
         names = in_order(classes, order)
     else:
         try:
-            lines = Path(order).read_text(encoding="utf-8").splitlines()
+            lines = Path(order).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"--class-order takes alphabetical, natural or a text file with one class a line; cannot read "
@@ -178,6 +179,15 @@ def class_names(images: "ImageSet", num_classes: int, order: str) -> list[str]:
     if len(names) != num_classes:
         raise DataError(f"--class-order {order} gives {len(names)} classes, the model has {num_classes}.")
     return names
+
+
+def is_text(name: str) -> bool:
+    r"""Whether a name fits on a line and into a file of UTF-8, as lists of labels want it.
+
+    >>> is_text("sea lion"), is_text("sea\nlion"), is_text("\udcfc")
+    (True, False, False)
+    """
+    return not any(category(letter) in ("Cc", "Cs") for letter in name)
 
 
 def in_order(classes: Sequence[str], order: str) -> list[str]:

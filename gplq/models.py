@@ -18,6 +18,7 @@ from gplq.convert import check_supported
 from gplq.errors import ModelError, first_line
 from gplq.files import sha256
 from gplq.fitting import channels_in, classes_in, classifier_names, load_weights
+from gplq.labels import is_text
 from gplq.preprocessing import SETTINGS, Preprocessing, resolve
 from gplq.weights import Found, find_weights
 
@@ -317,7 +318,7 @@ def _say_features_alone(path: Path, found: Found, whole: Any) -> None:
     tqdm.write(f"{path}: the weights{at} have no classifier: features alone", file=sys.stderr)
 
 
-def _config_beside(path: Path, arch: str) -> tuple[dict[str, Any], str]:
+def _config_beside(path: Path, arch: str) -> tuple[dict[str, Any] | None, str]:
     """What a ``config.json`` of timm's in the folder of a weights file says, if it is about this architecture."""
     file = path.with_name("config.json")
     try:
@@ -326,7 +327,7 @@ def _config_beside(path: Path, arch: str) -> tuple[dict[str, Any], str]:
             return config["pretrained_cfg"], str(file)
     except (OSError, ValueError, TypeError, AttributeError):
         pass  # none of timm's: that is no error, as weights were named, and not a folder
-    return {}, str(path)
+    return None, str(path)
 
 
 def _stored_classes(config: dict[str, Any]) -> int:
@@ -364,6 +365,8 @@ def _label_names(found: Any, num_classes: int, where: str) -> list[str] | None:
         found = [by_index[index] for index in range(len(found))]
     if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
         raise ModelError(f"{where}: label_names must be a list of strings, or a dict of them by class number.")
+    if odd := [name for name in found if not is_text(name)]:
+        raise ModelError(f"{where}: the label {odd[0]!r} is no line of text.")
     if len(found) != num_classes:
         raise ModelError(
             f"{where} names {len(found)} labels ('{found[0]}' … '{found[-1]}'), but the classifier has {num_classes} "

@@ -23,7 +23,7 @@ from gplq.data import BadImages, ImageSet, open_images
 from gplq.doubt import trusted_top1
 from gplq.errors import CheckpointError, ConfigError, DataError, GateError, UsageError
 from gplq.evaluate import Accuracy, Agreement, Similarity, agreement, similarity, top1
-from gplq.files import atomic_path, printable
+from gplq.files import atomic_path
 from gplq.labels import check_labels, check_same_classes, class_names
 from gplq.models import FloatModel
 from gplq.processes import processes
@@ -151,8 +151,8 @@ def quantize(
         "source_sha256": source.sha256,
         "source_key": source.checkpoint_key,
         "arguments": {
-            "data": printable(data),
-            "eval_data": None if eval_data is None else printable(eval_data),
+            "data": str(data),
+            "eval_data": None if eval_data is None else str(eval_data),
             "eval_images": eval_images,
             "bad_images": bad_images,
             "class_order": class_order,

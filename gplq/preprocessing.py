@@ -13,6 +13,7 @@ from gplq.survey import input_size
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CROP_MODES = ("center", "squash", "border")
+GIVEN = "given"  # where a setting comes from: the user
 # What weights were trained with; the size of the images is the network's.
 SETTINGS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -135,7 +136,7 @@ class Resolved:
     assumed: str
 
 
-def resolve(model: nn.Module, config: Mapping[str, Any], where: str, given: Mapping[str, Any]) -> Resolved:
+def resolve(model: nn.Module, config: Mapping[str, Any] | None, where: str, given: Mapping[str, Any]) -> Resolved:
     """What is ``given``, or else what the weights' configuration says, or else what timm assumes, which is said.
 
     A mean or deviation of another length than the model has channels is spread over them if it is one number, or one
@@ -143,23 +144,24 @@ def resolve(model: nn.Module, config: Mapping[str, Any], where: str, given: Mapp
 
     Args:
         model: a timm model, for the size and the channels of its images, and what its architecture's own weights want.
-        config: timm's, of the weights (its ``pretrained_cfg``); empty if they have none.
+        config: timm's, of the weights (its ``pretrained_cfg``); None if they have none.
         where: it is from, for messages.
         given: any of :data:`SETTINGS`, by the user.
 
     Raises:
         ModelError: some of it cannot be used.
     """
-    own: dict[str, Any] = {} if config else dict(getattr(model, "pretrained_cfg", {}))
+    own: dict[str, Any] = dict(getattr(model, "pretrained_cfg", {})) if config is None else {}
+    config = config or {}
     merged = {**own, **config, **given}
     origins = dict.fromkeys(SETTINGS, "assumed: timm's default")
-    for source, name in ((own, _weights_of(own)), (config, where), (given, "given")):
-        origins |= {key: name for key in SETTINGS if source.get(key) not in (None, "", ())}
+    for source, name in ((own, _weights_of(own)), (config, where), (given, GIVEN)):
+        origins |= {key: name for key in SETTINGS if source.get(key)}
     try:
-        found = resolve_data_config({}, pretrained_cfg=merged, model=model)
         size = input_size(model)
+        found = resolve_data_config({"input_size": size}, pretrained_cfg=merged)
         spread = {key: _spread(found[key], size[0]) for key in ("mean", "std")}
-        preprocessing = Preprocessing.from_dict({**found, **spread, "input_size": size})
+        preprocessing = Preprocessing.from_dict({**found, **spread})
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ModelError(
             f"the preprocessing cannot be used ({_sources(origins)}): {error}. Give the right one with --mean, --std, "
@@ -171,7 +173,7 @@ def resolve(model: nn.Module, config: Mapping[str, Any], where: str, given: Mapp
     assumed = ""
     if unknown:
         as_of = " and ".join(sorted({origins[key].removeprefix("assumed: ") for key in unknown}))
-        assumed = f"{told}, which is {as_of}; {where} does not say ({', '.join(map(_option, unknown))})"
+        assumed = f"{told}, which is {as_of}; {where} does not say ({', '.join(map(option, unknown))})"
     return Resolved(preprocessing, origins, assumed)
 
 
@@ -184,8 +186,8 @@ def _sources(origins: Mapping[str, str]) -> str:
     return "; ".join(dict.fromkeys(f"{key} {origin}" for key, origin in origins.items() if key in ("mean", "std")))
 
 
-def _option(setting: str) -> str:
-    """Its option on the command line."""
+def option(setting: str) -> str:
+    """The option of ``gplq quantize`` that gives one of :data:`SETTINGS`."""
     return f"--{setting.replace('_', '-')}"
 
 

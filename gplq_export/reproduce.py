@@ -20,6 +20,7 @@ from torch import nn
 
 from gplq import __version__
 from gplq.checkpoint import Checkpoint
+from gplq.preprocessing import GIVEN, SETTINGS, option
 from gplq.provenance import PACKAGES, environment
 from gplq_export.manifest import CHECKPOINT
 
@@ -33,6 +34,8 @@ class _Arguments(BaseModel):
     eval_data: str | None
     eval_images: int | None
     bad_images: Literal["fail", "skip"]
+    class_order: str | None = None
+    trust_labels: bool = False
 
 
 class _Images(BaseModel):
@@ -51,6 +54,7 @@ class _Origin(BaseModel):
     arguments: _Arguments
     train_data: _Images
     golden: _Golden
+    preprocessing: dict[str, str] = Field(default_factory=dict)  # where each setting comes from
     processes: int = Field(ge=1)
     threads: int = Field(ge=1)
     device: str
@@ -145,7 +149,20 @@ def _quantize(checkpoint: Checkpoint, origin: _Origin) -> Iterator[str]:
     options += ['--eval="$TEST"'] * (arguments.eval_data is not None)
     options += [f"--eval-images={arguments.eval_images}"] * (arguments.eval_images is not None)
     options += ["--skip-bad-images"] * (arguments.bad_images == "skip")
+    options += ["--trust-labels"] * arguments.trust_labels
+    settings = checkpoint.preprocessing.settings()
+    for key in (key for key in SETTINGS if origin.preprocessing.get(key) == GIVEN):
+        value = settings[key]
+        text = ",".join(map(repr, value)) if isinstance(value, list) else str(value)
+        options.append(quote(f"{option(key)}={text}"))
+    order, classes = arguments.class_order, ""
+    if order in ("alphabetical", "natural"):
+        options.append(f"--class-order={order}")
+    elif order is not None:  # a file, whose lines are the checkpoint's labels
+        options.append('--class-order="$work/classes.txt"')
+        classes = f"printf '%s\\n' {' '.join(map(quote, checkpoint.label_names or []))} >\"$work/classes.txt\"\n"
     yield _QUANTIZE.format(
+        classes=classes,
         recipe=checkpoint.recipe.to_yaml(),
         threads=origin.threads,
         cpu="true" if origin.device == "cpu" else "false",
@@ -229,7 +246,7 @@ PYTHON
 
 _QUANTIZE = """\
 mkdir -p -- "$work"
-cat >"$work/recipe.yaml" <<'RECIPE'
+{classes}cat >"$work/recipe.yaml" <<'RECIPE'
 {recipe}RECIPE
 export OMP_NUM_THREADS={threads} ACCELERATE_USE_CPU={cpu}
 "$python" {launcher}-m gplq quantize {options} "${{weights[@]}}" \\

@@ -156,7 +156,7 @@ class Quantised:
 def quantised(float_model: FloatModel, npz_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantised:
     path = tmp_path_factory.mktemp("out") / "model.pt"
     said: list[str] = []
-    accuracies = quantize(float_model, npz_file, path, fast_recipe(), trust_labels=True, say=said.append)
+    accuracies = quantize(float_model, npz_file, path, fast_recipe(), say=said.append)
     return Quantised(path, said, accuracies)
 
 

@@ -90,7 +90,7 @@ def make(root: Path, *, seed: int = 0, images: int = 600, **changes: Any) -> Sou
     model = write_model(root / "model", **changes)
     train(model, data, seed)
     recipe = fast_recipe().model_copy(update={"seed": seed})
-    quantize(load_model(str(model)), data, root / CHECKPOINT, recipe, trust_labels=True, say=lambda _: None)
+    quantize(load_model(str(model)), data, root / CHECKPOINT, recipe, say=lambda _: None)
     export(load_checkpoint(root / CHECKPOINT), root / "dist", say=lambda _: None)
     return Source(model, data, root / "dist")
 

@@ -79,7 +79,7 @@ def test_codes_of_any_width_fit_into_types_that_hold_more(
 ) -> None:
     bits = {"activation_bits": activations, "softmax_bits": softmax}
     recipe = Recipe.from_dict({**fast_recipe(enabled=False).to_dict(), **bits})
-    quantize(float_model, npz_file, tmp_path / "model.pt", recipe, eval_images=1, trust_labels=True, say=lambda _: None)
+    quantize(float_model, npz_file, tmp_path / "model.pt", recipe, eval_images=1, say=lambda _: None)
     checkpoint = load_checkpoint(tmp_path / "model.pt")
     dialect = trace(checkpoint)
     # Far beyond what was seen in training: every quantiser clamps, and values in front of some are lower than zero.
@@ -342,7 +342,7 @@ def test_dinov2_in_colour_with_layer_scale(tmp_path: Path, qk_norm: bool) -> Non
         data[f"{split}_labels"] = labels
     np.savez(tmp_path / "data.npz", **data)
     source = load_model(str(tmp_path / "model"))
-    quantize(source, tmp_path / "data.npz", tmp_path / "model.pt", fast_recipe(), trust_labels=True, say=lambda _: None)
+    quantize(source, tmp_path / "data.npz", tmp_path / "model.pt", fast_recipe(), say=lambda _: None)
     checkpoint = load_checkpoint(tmp_path / "model.pt")
     assert checkpoint.preprocessing.input_size == (3, 28, 28)
     images = open_images(tmp_path / "data.npz", "test", checkpoint.preprocessing)

@@ -176,7 +176,7 @@ def plain_file(float_model: FloatModel, npz_file: Path, tmp_path_factory: pytest
     path = tmp_path_factory.mktemp("plain") / "model.pt"
     recipe = rough(fast_recipe(enabled=False))
     recipe = recipe.model_copy(update={"stage2": recipe.stage2.model_copy(update={"importance": "none"})})
-    quantize(float_model, npz_file, path, recipe, trust_labels=True, say=lambda _: None)
+    quantize(float_model, npz_file, path, recipe, say=lambda _: None)
     return path
 
 

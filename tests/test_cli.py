@@ -26,7 +26,6 @@ def test_quantise_then_measure(
 ) -> None:
     out = tmp_path / "new" / "model.pt"
     common = ["quantize", str(model_folder), "--data", str(npz_file), "--recipe", str(recipe_file), "--out", str(out)]
-    common.append("--trust-labels")  # of a random model
     assert main(common) == 0
     output = capsys.readouterr().out
     assert [name in output for name in ("FP32 ", "W32A4 ", "W4A4 ", f"wrote {out}")] == [True] * 4
@@ -184,7 +183,7 @@ def long_run(
     folder = tmp_path_factory.mktemp("long")
     recipe = folder / "long.yaml"
     recipe.write_text(fast_recipe(epochs=25, checkpoint_seconds=1e-6).to_yaml())
-    arguments = ["quantize", model_folder, "--trust-labels", "--data", npz_file, "--recipe", recipe, "--out"]
+    arguments = ["quantize", model_folder, "--data", npz_file, "--recipe", recipe, "--out"]
     assert main([str(argument) for argument in (*arguments, folder / "whole.pt")]) == 0
     return arguments, torch.load(folder / "whole.pt", weights_only=True)
 
@@ -224,6 +223,22 @@ def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(
     assert actual["recipe"]["calibration"]["rotate"]
     assert actual["provenance"]["rotation"] == expected["provenance"]["rotation"]
     assert actual["provenance"]["rotation"]["residual"]
+
+
+@pytest.mark.parametrize(("option", "shown"), [([], False), (["-W", "default"], True)])
+def test_what_libraries_warn_of_is_shown_on_request_only(option: list[str], shown: bool) -> None:
+    program = (
+        "import argparse, logging, warnings\n"
+        "from gplq.cli import run_command\n"
+        "def run(_):\n"
+        "    warnings.warn('odd palette'); logging.getLogger('library').warning('odd shape'); print('table')\n"
+        "parser = argparse.ArgumentParser(); parser.set_defaults(run=run); run_command(parser, [])\n"
+        "logging.getLogger('library').warning('afterwards')"
+    )
+    done = subprocess.run([sys.executable, *option, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "table\n"
+    assert ("odd palette" in done.stderr, "odd shape" in done.stderr) == (shown, shown)
+    assert "afterwards" in done.stderr
 
 
 SLOW = """

@@ -161,7 +161,7 @@ def test_names_that_are_no_utf_8(folder: Path) -> None:
     assert (count, images.to_dict()["skipped"]) == (6, 1)
     Path(os.fsdecode(strange)).unlink()
     (folder / "cat").rename(os.fsdecode(os.fsencode(folder) + b"/k\xe4tzchen"))
-    with pytest.raises(DataError, match=r"k\\xe4tzchen: the name of a class must be text"):
+    with pytest.raises(DataError, match=r"k\\xe4tzchen: the name of a class must be a line of text"):
         open_images(folder, "train", GREY)
 
 

@@ -72,6 +72,8 @@ def test_an_order_from_a_file(tmp_path: Path) -> None:
     order = tmp_path / "order.txt"
     order.write_text("2\n10\n\n1\n")
     assert class_names(images, 3, str(order)) == ["2", "10", "1"]
+    order.write_bytes(b"\xef\xbb\xbf2\r\n10\r\n1\r\n")  # as an editor of Windows leaves it
+    assert class_names(images, 3, str(order)) == ["2", "10", "1"]
     for content, what in (("2\n10\n", "lacks '1'"), ("2\n10\n1\n1\n", "names a class twice")):
         order.write_text(content)
         with pytest.raises(DataError, match=what):

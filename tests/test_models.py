@@ -36,6 +36,7 @@ def test_names_by_number_are_put_in_order(tmp_path: Path) -> None:
         ({"1": "a", "2": "b", "3": "c", "4": "d"}, r"has classes \[1, 2, 3, 4\] …, not 0 to 3"),
         ({"cat": 0, "dog": 1, "hen": 2, "owl": 3}, "keys are no class numbers"),
         ([0, 1, 2, 3], "must be a list of strings"),
+        (["cat", "dog", "hen\nowl", "pig"], r"the label 'hen\\nowl' is no line of text"),
     ],
 )
 def test_names_that_do_not_fit_are_refused(names: Any, message: str, tmp_path: Path) -> None:

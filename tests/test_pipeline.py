@@ -64,7 +64,7 @@ def test_result_that_misses_its_limits_is_an_error_and_kept(
     with pytest.raises(
         GateError, match=r"cosine of its features 0\.\d{4}, limit 1\.0 \(n = 64\)\. .*model\.pt is kept"
     ):
-        quantize(float_model, npz_file, out, recipe, trust_labels=True, say=said.append)
+        quantize(float_model, npz_file, out, recipe, say=said.append)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
     (warning,) = (line for line in said if line.startswith("WARNING"))
     assert "nothing trains it, as the recipe wants" in warning
@@ -73,7 +73,7 @@ def test_result_that_misses_its_limits_is_an_error_and_kept(
 def test_result_within_its_limits_is_no_warning(float_model: FloatModel, npz_file: Path, tmp_path: Path) -> None:
     said: list[str] = []
     recipe = with_limits(untrained(), 0, 0.5)
-    quantize(float_model, npz_file, tmp_path / "model.pt", recipe, trust_labels=True, say=said.append)
+    quantize(float_model, npz_file, tmp_path / "model.pt", recipe, say=said.append)
     assert not any(line.startswith("WARNING") for line in said)
     stored = torch.load(tmp_path / "model.pt", weights_only=True)["provenance"]["closeness"]
     assert stored.keys() == {"calibrated", "W4A4"}
@@ -85,7 +85,7 @@ def test_what_is_as_accurate_may_differ_from_the_float_model(
 ) -> None:
     # With labels it learns what the random float model does not know.
     recipe = with_limits(fast_recipe(epochs=2), 100, 1.0)
-    results = quantize(float_model, npz_file, tmp_path / "model.pt", recipe, trust_labels=True, say=lambda _: None)
+    results = quantize(float_model, npz_file, tmp_path / "model.pt", recipe, say=lambda _: None)
     exact, found = results["FP32"], results["W4A4"]
     assert isinstance(exact, Accuracy)
     assert isinstance(found, Accuracy)
@@ -127,7 +127,7 @@ def test_teacher_is_what_the_student_was_made_of(
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"rotate": rotates})})
     said: list[str] = []
     with pytest.raises(SeenError):
-        quantize(float_model, npz_file, tmp_path / "model.pt", recipe, trust_labels=True, say=said.append)
+        quantize(float_model, npz_file, tmp_path / "model.pt", recipe, say=said.append)
     assert any(line.startswith("rotated: residual streams: 1, ") for line in said) == rotates
     assert all(torch.equal(tensor, before[name]) for name, tensor in float_model.model.state_dict().items())
 
@@ -137,16 +137,16 @@ def test_run_that_is_interrupted_behind_stage_1_ends_with_the_same_bits(
 ) -> None:
     recipe = fast_recipe(max_images=32)
     assert recipe.calibration.rotate
-    quantize(float_model, npz_file, tmp_path / "whole.pt", recipe, trust_labels=True, say=lambda _: None)
+    quantize(float_model, npz_file, tmp_path / "whole.pt", recipe, say=lambda _: None)
 
     def press(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pipeline.stage2, "quantize_weights", press)
-        quantize(float_model, npz_file, tmp_path / "model.pt", recipe, trust_labels=True, say=lambda _: None)
+        quantize(float_model, npz_file, tmp_path / "model.pt", recipe, say=lambda _: None)
     said: list[str] = []
-    quantize(float_model, npz_file, tmp_path / "model.pt", recipe, trust_labels=True, say=said.append)
+    quantize(float_model, npz_file, tmp_path / "model.pt", recipe, say=said.append)
     assert "resuming Stage 1 at step 2" in said
     whole, resumed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "model"))
     assert resumed["provenance"]["rotation"]["residual"]

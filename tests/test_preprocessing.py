@@ -111,6 +111,19 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     return {"architecture": config["architecture"], **config["pretrained_cfg"], "labels": config["label_names"]}
 
 
+def silent(config: dict[str, Any]) -> dict[str, Any]:
+    """Nothing is said: the numbers of ImageNet, whatever the architecture's own weights want."""
+    return {**config, "num_classes": 4, "pretrained_cfg": {}}
+
+
+def test_a_configuration_without_a_word_is_timms_default(tmp_path: Path) -> None:
+    folder = rewrite(write_model(tmp_path / "m", in_chans=3), silent)
+    found = load_model(str(folder))
+    theirs = resolve_data_config({}, model=timm.create_model(f"local-dir:{folder}", pretrained=False))
+    assert found.preprocessing.mean == theirs["mean"] == (0.485, 0.456, 0.406)
+    assert found.assumed.startswith("mean (0.485, 0.456, 0.406), std")
+
+
 @pytest.mark.parametrize("change", [dict, flat])
 def test_a_folder_is_read_as_timm_reads_it(change: Any, tmp_path: Path) -> None:
     folder = rewrite(write_model(tmp_path / "m"), change)

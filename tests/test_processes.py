@@ -187,7 +187,6 @@ def test_only_the_first_of_two_processes_prints_and_writes(
 ) -> None:
     out = tmp_path / "out" / "model.pt"
     arguments = [str(model_folder), "--data", str(npz_file), "--out", str(out), "--recipe", str(recipe_file)]
-    arguments.append("--trust-labels")  # of a random model
     done = torchrun("-m", "gplq", "quantize", *arguments, fsdp=fsdp)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
@@ -215,7 +214,6 @@ def test_a_killed_run_ends_in_the_same_codes(
     recipe_file, out = tmp_path / "recipe.yaml", tmp_path / "model.pt"
     recipe_file.write_text(recipe.to_yaml())
     arguments = [str(model_folder), "--data", str(npz_file), "--out", str(out), "--recipe", str(recipe_file)]
-    arguments.append("--trust-labels")  # of a random model
     command = [sys.executable, "-m", "gplq", "quantize", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = out.with_name("model.pt.resume")
@@ -227,7 +225,7 @@ def test_a_killed_run_ends_in_the_same_codes(
     assert 5 <= step_reached(state) < 64
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "resuming Stage 1 at step" in again.stdout
-    quantize(float_model, npz_file, tmp_path / "whole.pt", recipe, trust_labels=True, say=lambda _: None)
+    quantize(float_model, npz_file, tmp_path / "whole.pt", recipe, say=lambda _: None)
     ours, theirs = (torch.load(tmp_path / name, weights_only=True) for name in ("model.pt", "whole.pt"))
     for part in ("linears", "quantizers"):
         assert ours[part].keys() == theirs[part].keys()

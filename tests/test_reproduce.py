@@ -120,6 +120,25 @@ def test_hostile_names_stay_names(
     assert check[-2:] == [f"--x={HOSTILE}", "--data=$(touch pwned)"]
 
 
+@pytest.mark.parametrize("order", ["natural", "list.txt"])
+def test_what_the_user_said_of_labels_and_preprocessing_is_said_again(
+    order: str, checkpoint: Checkpoint, tmp_path: Path, recorder: Callable[[], list[list[str]]]
+) -> None:
+    arguments = {**checkpoint.provenance["arguments"], "class_order": order, "trust_labels": True}
+    origins = {"mean": "given", "std": "elsewhere", "crop_pct": "given"}
+    provenance = {**checkpoint.provenance, "arguments": arguments, "preprocessing": origins}
+    names = [HOSTILE, "a b", "$(touch pwned)", "-n"]
+    changed = replace(checkpoint, provenance=provenance, label_names=names)
+    assert run(script(changed, export=[]), tmp_path, "out", PYTHON=str(tmp_path / "recorder")).returncode == 0
+    assert not list(tmp_path.rglob("pwned"))
+    *_, quantize, _, _ = recorder()
+    expected = "natural" if order == "natural" else "out/classes.txt"
+    assert {"--trust-labels", "--mean=0.5", "--crop-pct=1.0", f"--class-order={expected}"} < {*quantize}
+    assert not any(option.startswith("--std") for option in quantize)
+    if order != "natural":
+        assert (tmp_path / "out" / "classes.txt").read_text() == "".join(f"{name}\n" for name in names)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -8,7 +8,7 @@ from typing import Any
 from gplq.checkpoint import Checkpoint, at_image_size, load_checkpoint
 from gplq.convert import structure_of
 from gplq.errors import MissingError, ModelError, PrecisionError, UsageError
-from gplq.files import sha256
+from gplq.files import printable, sha256
 from gplq.models import FloatModel, is_weights_file, load_model
 from gplq_export.check.gates import Judge
 from gplq_export.check.report import File, Subject
@@ -244,7 +244,7 @@ def describe(files: Files, checkpoint: Checkpoint) -> Subject:
     hashes = {path.name: sha256(path) for path in files.paths.values()}
     source = str(provenance.get("source_sha256", "unknown"))
     chain = [
-        f"float weights {source}  {provenance.get('source', '')}".rstrip(),
+        f"float weights {source}  {printable(str(provenance.get('source', '')))}".rstrip(),
         f"checkpoint {checkpoint.sha256}  from the weights, and {_get(provenance, 'train_data', 'sha256')}",
         *(f"{name} {digest}  from the checkpoint" for name, digest in hashes.items() if name.endswith(".onnx")),
         *(
