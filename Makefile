@@ -29,7 +29,7 @@ OLDEST_TESTS := $(addprefix tests/test_, $(addsuffix .py, \
   plot trace triton_repository))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint types check setup clean $(SERVER)
+.PHONY: help demo test test-oldest lint types check families setup clean $(SERVER)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,9 @@ types: $(STAMP) ## run mypy in strict mode
 	@$(BIN)/mypy
 
 check: lint types test ## lint, types and test
+
+families: $(STAMP) ## look at every architecture of timm and write docs/families.md (minutes)
+	@$(BIN)/python scripts/families.py
 
 setup: $(STAMP) ## only install
 

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from gplq.compensate import CHILD, attach_compensation, compensations, has_width
 from gplq.convert import convert, quant_layers, structure_of, units
-from gplq.errors import CheckpointError, UsageError
+from gplq.errors import CheckpointError, ModelError, UsageError
 from gplq.files import atomic_path, sha256
 from gplq.grid import pack_codes, unpack_codes
 from gplq.integer import FrozenQuantizer, IntegerLinear, integer_layer
@@ -113,8 +113,9 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write ``path`` atomically.
 
     Raises:
-        UsageError: the folder cannot be written to.
+        UsageError: the folder cannot be written to, or ``checkpoint.spec`` does not rebuild ``checkpoint.model``.
     """
+    _check_rebuilds(checkpoint)
     quantizers, linears = frozen_quantizers(checkpoint.model), integer_linears(checkpoint.model)
     integer = tuple(f"{name}." for name in (*quantizers, *linears))
     compensated = list(compensations(checkpoint.model))
@@ -159,6 +160,27 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "compensated": compensated,
     }
     write_plain(content, path)
+
+
+def _check_rebuilds(checkpoint: Checkpoint) -> None:
+    """Refuse to write what could not be read: the file holds no code, so that timm must be able to build the model."""
+    architecture = checkpoint.spec.architecture
+    try:
+        with torch.device("meta"):
+            rebuilt = convert(checkpoint.spec.build(), checkpoint.recipe)
+    except ModelError as error:
+        problem = str(error).rstrip(".")
+    else:
+        found, expected = (
+            {name: layer.weight_bits for name, layer in quant_layers(model)} for model in (checkpoint.model, rebuilt)
+        )
+        wrong = sorted(found.items() ^ expected.items())
+        problem = f"the quantised layers are not those of {architecture}: {wrong[0][0]}" if wrong else ""
+    if problem:
+        raise UsageError(
+            f"a checkpoint of this model could not be read again, as timm does not rebuild it from its spec: "
+            f"{problem}. Of a model of one's own, quantise and save the part that timm made."
+        )
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -143,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
         help="classes of a weights file (default: from its head); 0: without the classifier, any model",
     )
     quantize.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE", help="such as img_size=70")
+    quantize.add_argument(
+        "--checkpoint-key",
+        metavar="KEY",
+        help="which weights of a file that holds several, such as state_dict (default: averaged ones, EMA, if any)",
+    )
     quantize.add_argument("--force", action="store_true", help="overwrite --out")
     images = quantize.add_argument_group("preprocessing (default: what the weights' configuration says)")
     images.add_argument("--mean", type=numbers, metavar="M[,M,M]", help="of pixels in 0 … 1, such as 0.485,0.456,0.406")
@@ -197,6 +202,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         arch=arguments.arch,
         model_args=model_args,
         num_classes=arguments.num_classes,
+        checkpoint_key=arguments.checkpoint_key,
         preprocessing={key: value for key, value in settings.items() if value is not None},
     )
     print(f"{source.spec.architecture}, {sum(p.numel() for p in source.model.parameters()):,} parameters")

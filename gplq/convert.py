@@ -19,7 +19,8 @@ from gplq.errors import ModelError
 from gplq.layers import QuantAttention, QuantConv, QuantLinear, QuantPatchConv, route_products
 from gplq.lsq import ActivationQuantizer
 from gplq.recipe import Recipe
-from gplq.survey import Survey, classifiers, input_size, survey
+from gplq.soundness import check_layers, check_unchanged, make_plain
+from gplq.survey import Survey, classifiers, input_size, output_samples, survey
 
 QuantLayer = QuantLinear | QuantPatchConv | QuantConv | QuantAttention
 
@@ -50,19 +51,25 @@ class Structure:
 def convert(model: nn.Module, recipe: Recipe, image_size: tuple[int, int, int] | None = None) -> nn.Module:
     """Replace, in place, whatever multiplies in a timm model by its quantised form; quantisers still pass through.
 
+    Two images go through the model before and after: what a replaced layer computed beyond its weight and bias would
+    otherwise be lost without a word.
+
     Args:
         model: any classifier or backbone whose products are linears, convolutions and attention.
         recipe: bits and granularity.
         image_size: channels, height and width of its images; what timm says, if None.
 
     Raises:
-        ModelError: the model has a layer that is not supported; the message names it.
+        ModelError: the model has a layer that is not supported, or computes something else once it is converted; the
+            message names the layer. In the latter case ``model`` has been changed.
     """
     model.eval()
+    make_plain(model)
     image_size = image_size or input_size(model)
     seen = survey(model, image_size)
-    _check_owners(model)
     structure = plan(model, seen)
+    check_layers(model, seen, structure.floats)
+    aliases = _aliases(model)
     structure.image_size = image_size
     factory = _QuantizerFactory(recipe)
     for name, bias in seen.biases.items():
@@ -70,7 +77,7 @@ def convert(model: nn.Module, recipe: Recipe, image_size: tuple[int, int, int] |
     for name, count in seen.products.items():
         module = model.get_submodule(name)
         if is_plain_attention(module):
-            model.set_submodule(name, factory.attention(module))
+            _replace(model, aliases[name], factory.attention(module))
         else:
             route_products(module, count, factory.operand)
     whole = [name for name in seen.products if isinstance(model.get_submodule(name), QuantAttention)]
@@ -79,14 +86,30 @@ def convert(model: nn.Module, recipe: Recipe, image_size: tuple[int, int, int] |
             quantised = factory.layer(model.get_submodule(name), name in structure.edges, name in seen.behind_products)
             if isinstance(quantised, QuantLinear):
                 quantised.applied_by_parent = name in seen.biases
-            model.set_submodule(name, quantised)
+            _replace(model, aliases[name], quantised)
     for name, module in model.named_modules():
         if hasattr(module, "name"):
             module.name = name
         if getattr(module, "inplace", False):  # would change what has been seen of a layer's output, or kept of it
             module.inplace = False
     model.gplq_structure = structure  # type: ignore[assignment]  # plain data beside the parameters
+    inside = tuple(f"{name}." for name in whole)  # where the factor of the scores moves
+    outside = {name: sample for name, sample in seen.samples.items() if not name.startswith(inside)}
+    check_unchanged(outside, output_samples(model, image_size))
     return model
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """All names that a module has, by the first of them."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return {found[0]: found for found in names.values()}
+
+
+def _replace(model: nn.Module, names: list[str], by: nn.Module) -> None:
+    for name in names:
+        model.set_submodule(name, by)
 
 
 def structure_of(model: nn.Module) -> Structure:
@@ -109,6 +132,9 @@ def quant_layers(model: nn.Module) -> list[tuple[str, QuantLayer]]:
 def is_plain_attention(module: nn.Module) -> bool:
     """Whether a module is the attention of a plain ViT, which becomes one that engines can fuse."""
     if type(module) is not Attention or module.gate is not None:
+        return False
+    # An adapter (LoRA) in the place of a linear computes more than the weight that it shows; its parts are quantised.
+    if not all(isinstance(linear, nn.Linear) for linear in (module.qkv, module.proj)):
         return False
     # 1/sqrt(head_dim) goes into the query's weights, or into those of its norm.
     return isinstance(module.q_norm, nn.Identity) or isinstance(getattr(module.q_norm, "weight", None), Tensor)
@@ -156,6 +182,11 @@ def _edges(model: nn.Module, seen: Survey) -> set[str]:
         edges |= {name for name in seen.layers if name == prefix or name.startswith(f"{prefix}.")}
     parts = {id(part) for head in classifiers(model) for part in head.modules()}
     edges |= {name for name in seen.layers if id(model.get_submodule(name)) in parts}
+    if seen.layers and not hasattr(model, "get_classifier"):
+        # A model of one's own does not tell its head; it is what runs last, outside of whatever has an attention.
+        last = seen.layers[-1].split(".")[0]
+        if not any(name.split(".")[0] == last for name in seen.products):
+            edges |= {name for name in seen.layers if name.split(".")[0] == last}
     return edges
 
 
@@ -251,33 +282,12 @@ def _take_bias(linear: nn.Module, bias: Tensor | None) -> None:
     linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
 
 
-# Whatever else owns parameters and multiplies by them in a way of its own.
-_UNSUPPORTED = (
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.Conv1d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Bilinear,
-)
-
-
-def _check_owners(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, _UNSUPPORTED):
-            raise ModelError(
-                f"layer '{name}' ({type(module).__name__}) of this model is not supported: gplq quantises nn.Linear, "
-                "nn.Conv2d and products of activations. It would need a quantised form in gplq/layers.py."
-            )
-
-
 def check_supported(model: nn.Module) -> None:
     """Raise a :class:`ModelError` that names what of ``model`` cannot be quantised. Works on the meta device."""
     seen = survey(model.eval(), input_size(model))
-    _check_owners(model)
-    if not plan(model, seen).units:
+    structure = plan(model, seen)
+    check_layers(model, seen, structure.floats)
+    if not structure.units:
         raise ModelError(
             f"{type(model).__name__} has neither attention nor linears inside: there is nothing to quantise."
         )

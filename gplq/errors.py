@@ -15,6 +15,14 @@ Exit code 0 is success, 130 an interruption with Ctrl-C, 143 one with SIGTERM. M
 to do.
 """
 
+import re
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, for a message: its first line, without colours; or else its type."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return (text or type(error).__name__).splitlines()[0].rstrip()
+
 
 class GplqError(Exception):
     """Base of the tree; never raised itself."""

@@ -60,6 +60,12 @@ class QuantLinear(nn.Module):
         weight: Tensor = linear.weight if isinstance(linear, nn.Linear) else linear.codes
         return weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The inner linear's bias, which such a parent may read, too."""
+        bias: Tensor | None = self.linear.bias
+        return bias
+
     def forward(self, x: Tensor) -> Tensor:
         """Quantise, then multiply."""
         quantizer: Any = self.input_quantizer

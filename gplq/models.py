@@ -3,23 +3,28 @@
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
+from tqdm import tqdm
 
 from gplq.convert import check_supported
-from gplq.errors import ModelError
+from gplq.errors import ModelError, first_line
 from gplq.files import sha256
+from gplq.fitting import channels_in, classes_in, classifier_names, load_weights
 from gplq.labels import is_text
 from gplq.preprocessing import SETTINGS, Preprocessing, resolve
+from gplq.weights import Found, find_weights
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+# In a folder that timm wrote; the first that is there, as timm takes it.
+_FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What timm.create_model takes itself and does not pass on to the architecture. ``checkpoint_path`` is the dangerous
 # one: timm unpickles that file without weights_only.
 _FACTORY_ARGS = frozenset(inspect.signature(timm.create_model).parameters)
@@ -42,8 +47,11 @@ class ModelSpec:
     model_args: dict[str, Any]
     num_classes: int
 
-    def build(self) -> nn.Module:
+    def build(self, pretrained: bool = False) -> nn.Module:
         """A freshly initialised model in evaluation mode.
+
+        Args:
+            pretrained: have timm call its loader of weights; only for :func:`gplq.weights.load_weights`.
 
         Raises:
             ModelError: timm does not know the architecture or refuses the arguments, or gplq cannot quantise it.
@@ -56,12 +64,23 @@ class ModelSpec:
             raise ModelError(f"'{refused[0]}' is no argument of an architecture; remove it from model_args.")
         try:
             model: nn.Module = timm.create_model(
-                self.architecture, pretrained=False, num_classes=self.num_classes, **self.model_args
+                self.architecture, pretrained=pretrained, num_classes=self.num_classes, **self.model_args
             )
-        except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError, AttributeError) as error:
-            raise ModelError(f"timm cannot build {self.architecture} with {self.model_args}: {error}") from error
+        except ModelError:
+            raise
+        except Exception as error:  # a constructor stumbles over an argument in any way there is
+            raise ModelError(
+                f"timm cannot build {self.architecture} with {self.model_args}: {first_line(error)}"
+            ) from error
+        _keep_size(model, self.model_args)
         check_supported(model)
         return model.eval()
+
+
+def _keep_size(model: Any, model_args: dict[str, Any]) -> None:
+    """Leave the size of the images where :func:`gplq.survey.input_size` looks: some families (VOLO) keep it nowhere."""
+    if "img_size" in model_args and not any(hasattr(module, "img_size") for module in model.modules()):
+        model.img_size = model_args["img_size"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +91,7 @@ class FloatModel:
         source: what the user named. ``sha256``: of the weights file, or of the weights for a hub model.
         origins: where each setting of ``preprocessing`` comes from, see :mod:`gplq.preprocessing`; plain data.
         assumed: of these settings, in words, those that nobody has stated; empty if there are none.
+        checkpoint_key: which weights of the file, as the user chose them.
     """
 
     model: nn.Module
@@ -82,6 +102,13 @@ class FloatModel:
     sha256: str
     origins: dict[str, str] = field(default_factory=dict)
     assumed: str = ""
+    checkpoint_key: str | None = None
+
+
+def is_weights_file(source: str) -> bool:
+    """Whether the user named a file of weights, be it there or not: neither a folder nor a name of timm's."""
+    path = Path(source)
+    return path.is_file() or (path.suffix in WEIGHT_SUFFIXES and not path.is_dir())
 
 
 def load_model(
@@ -91,6 +118,7 @@ def load_model(
     model_args: dict[str, Any] | None = None,
     num_classes: int | None = None,
     preprocessing: Mapping[str, Any] | None = None,
+    checkpoint_key: str | None = None,
 ) -> FloatModel:
     """Load a float model.
 
@@ -103,6 +131,8 @@ def load_model(
             any model away.
         preprocessing: any of mean, std, interpolation, crop_pct and crop_mode, where the weights' configuration (the
             hub's, or a ``config.json`` of timm's with the weights) says nothing or something else.
+        checkpoint_key: which weights of a file that holds several, such as "state_dict"; by default averaged ones
+            (EMA, a teacher) before raw ones, as timm does.
 
     Raises:
         ModelError: the model is unknown, the file unreadable, the weights do not fit, or the preprocessing cannot be
@@ -113,13 +143,15 @@ def load_model(
         raise ModelError(f"the preprocessing has no '{foreign[0]}'; it has {', '.join(SETTINGS)}.")
     if model_args.get("features_only"):
         num_classes = 0
-    is_file = path.suffix in WEIGHT_SUFFIXES or path.is_file()
+    is_file = is_weights_file(source)
     if not is_file and (arch is not None or num_classes):
         raise ModelError(f"--arch and --num-classes (but 0) belong to a weights file, but '{source}' is not one.")
     if path.is_dir():
-        return _from_folder(path, model_args, num_classes, given)
+        return _from_folder(path, model_args, num_classes, given, checkpoint_key)
     if is_file:
-        return _from_file(path, arch, model_args, num_classes, given)
+        return _from_file(path, arch, model_args, num_classes, given, checkpoint_key)
+    if checkpoint_key is not None:
+        raise ModelError(f"--checkpoint-key belongs to a file or folder with weights, but '{source}' is not one.")
     return _from_name(source, model_args, num_classes, given)
 
 
@@ -134,10 +166,10 @@ def _from_name(name: str, model_args: dict[str, Any], num_classes: int | None, g
     try:
         head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         model: Any = timm.create_model(name, pretrained=True, **head, **model_args).eval()
+        _keep_size(model, model_args)
     except Exception as error:  # the hub client raises many types; all of them mean the same to the user
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"timm could not load pretrained weights for '{name}': {first_line} "
+            f"timm could not load pretrained weights for '{name}': {first_line(error)} "
             f"Without a network, give a weights file and --arch {architecture}."
         ) from error
     config: dict[str, Any] = model.pretrained_cfg
@@ -160,28 +192,41 @@ def _from_name(name: str, model_args: dict[str, Any], num_classes: int | None, g
 
 
 def _from_folder(
-    folder: Path, extra_args: dict[str, Any], num_classes: int | None, given: dict[str, Any]
+    folder: Path,
+    extra_args: dict[str, Any],
+    num_classes: int | None,
+    given: dict[str, Any],
+    checkpoint_key: str | None,
 ) -> FloatModel:
-    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-    missing = [file.name for file in (config_file, weights_file) if not file.is_file()]
-    if missing:
-        raise ModelError(f"{folder} lacks {' and '.join(missing)}: not a folder that timm wrote for a model.")
+    config_file = folder / "config.json"
+    weights_file = next((folder / name for name in _FOLDER_WEIGHTS if (folder / name).is_file()), None)
+    missing = [] if config_file.is_file() else ["config.json"]
+    missing += [] if weights_file is not None else [" or ".join(_FOLDER_WEIGHTS)]
+    if missing or weights_file is None:
+        raise ModelError(
+            f"{folder} lacks {' and '.join(missing)}: not a folder that timm wrote for a model. Weights alone are "
+            "named as a file, with --arch."
+        )
     try:
         config = _read_config(config_file)
+        if "architectures" in config and "architecture" not in config:
+            raise ModelError(
+                f"{folder} was written by the package transformers ({config.get('model_type')}). gplq takes timm's "
+                "models: timm publishes most of the same weights under names of its own (timm.list_pretrained())."
+            )
         pretrained = config["pretrained_cfg"]
+        architecture = str(config["architecture"])
         # timm repeats the number of classes among the arguments.
         stored_args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
         spec = ModelSpec(
-            architecture=config["architecture"],
-            model_args={**stored_args, **extra_args},
-            num_classes=int(config.get("num_classes") or pretrained["num_classes"])
-            if num_classes is None
-            else num_classes,
+            architecture,
+            model_args={**_implied_args(architecture, pretrained), **stored_args, **extra_args},
+            num_classes=_stored_classes(config) if num_classes is None else num_classes,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{config_file} is not a timm model configuration: {error!r}") from error
-    model = spec.build()
-    _load_weights(model, _of_model(spec, model, read_weights(weights_file)), weights_file)
+    weights = find_weights(weights_file, _whole(spec).state_dict(), checkpoint_key).weights
+    model = load_weights(spec.build, weights, str(weights_file), extra_args)
     names = config.get("label_names") or pretrained.get("label_names") or pretrained.get("labels")
     label_names = None if num_classes == 0 else _label_names(names, spec.num_classes, str(config_file))
     found = resolve(model, pretrained, str(config_file), given)
@@ -194,22 +239,57 @@ def _from_folder(
         sha256(weights_file),
         origins=found.origins,
         assumed=found.assumed,
+        checkpoint_key=checkpoint_key,
     )
 
 
+def _implied_args(architecture: str, pretrained: dict[str, Any]) -> dict[str, Any]:
+    """What timm takes from the weights' configuration as arguments, where the architecture has something else."""
+    usual: Any = timm.models.get_pretrained_cfg(architecture)
+    size, usual_size = pretrained.get("input_size"), getattr(usual, "input_size", None)
+    implied: dict[str, Any] = {}
+    if size and usual_size and size[0] != usual_size[0]:
+        implied["in_chans"] = size[0]
+    if size and usual_size and pretrained.get("fixed_input_size") and list(size[1:]) != list(usual_size[1:]):
+        implied["img_size"] = list(size[1:])
+    pool = pretrained.get("global_pool")
+    if pool is not None and pool != getattr(usual, "global_pool", pool):
+        implied["global_pool"] = pool
+    return implied
+
+
+def _whole(spec: ModelSpec) -> nn.Module:
+    """The architecture with its classifier and all of its parts, without memory: for the names of its weights."""
+    args = {key: value for key, value in spec.model_args.items() if key not in BACKBONE_ARGS}
+    with torch.device("meta"):
+        return ModelSpec(spec.architecture, args, spec.num_classes or 1000).build()
+
+
 def _from_file(
-    path: Path, arch: str | None, model_args: dict[str, Any], num_classes: int | None, given: dict[str, Any]
+    path: Path,
+    arch: str | None,
+    model_args: dict[str, Any],
+    num_classes: int | None,
+    given: dict[str, Any],
+    checkpoint_key: str | None,
 ) -> FloatModel:
     if not path.is_file():
         raise ModelError(f"{path} does not exist. Give a timm model name, a model folder, or a weights file.")
     if arch is None:
         raise ModelError(f"{path} holds weights only: name their timm architecture with --arch.")
-    weights = read_weights(path)
+    whole = _whole(ModelSpec(arch, model_args, num_classes or 1000))
+    stored = find_weights(path, whole.state_dict(), checkpoint_key)
+    named = dict(model_args)
+    channels = channels_in(stored.weights, whole)
+    if channels not in (None, channels_in(whole.state_dict(), whole)) and "in_chans" not in named:
+        tqdm.write(f"{path}: weights for images of {channels} channels, so in_chans={channels}", file=sys.stderr)
+        model_args = {**model_args, "in_chans": channels}
     if num_classes is None:
-        num_classes = next((weights[key].shape[0] for key in ("head.weight", "head.bias") if key in weights), 0)
+        num_classes = classes_in(stored.weights, whole)
+        if num_classes == 0:
+            _say_features_alone(path, stored, whole)
     spec = ModelSpec(arch, model_args, num_classes)
-    model = spec.build()
-    _load_weights(model, _of_model(spec, model, weights), path)
+    model = load_weights(spec.build, stored.weights, str(path), named)
     config, where = _config_beside(path, arch)
     found = resolve(model, config, where, given)
     return FloatModel(
@@ -221,7 +301,21 @@ def _from_file(
         sha256(path),
         origins=found.origins,
         assumed=found.assumed,
+        checkpoint_key=checkpoint_key,
     )
+
+
+def _say_features_alone(path: Path, found: Found, whole: Any) -> None:
+    at = f" at '{found.place}'" if found.place else ""
+    for name, tensor in found.beside.items():
+        if tensor.ndim == 2 and tensor.shape[1] == whole.num_features:
+            raise ModelError(
+                f"the weights in {path}{at} have no classifier, and beside them is {name} {list(tensor.shape)}, which "
+                "may be one. If it is, give it the name that it has in timm "
+                f"({' or '.join(classifier_names(whole))}, beside the other weights); to quantise the features alone: "
+                "--num-classes 0."
+            )
+    tqdm.write(f"{path}: the weights{at} have no classifier: features alone", file=sys.stderr)
 
 
 def _config_beside(path: Path, arch: str) -> tuple[dict[str, Any] | None, str]:
@@ -279,61 +373,3 @@ def _label_names(found: Any, num_classes: int, where: str) -> list[str] | None:
             "classes: correct label_names, or remove it."
         )
     return list(found)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors, or from a torch file that holds nothing but tensors and plain data.
-
-    Raises:
-        ModelError: the file is damaged, or loading it would run code.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
-    except Exception as error:  # both readers raise types of their own for a damaged or hostile file
-        raise ModelError(
-            f"{path} cannot be loaded safely: {str(error).strip().splitlines()[0]} "
-            "Only safetensors, and torch files of tensors and plain data, are accepted."
-        ) from error
-    for key in ("state_dict", "model", "model_ema"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(f"{path} does not hold a state dict (names of parameters and their tensors).")
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _of_model(spec: ModelSpec, model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a whole classifier without those of the parts that ``spec`` leaves away."""
-    if spec.model_args.get("features_only"):
-        # timm writes layers_0 for layers.0 in one kind of backbone and puts "model." in front of it in another.
-        plain = {name.replace(".", "_"): tensor for name, tensor in weights.items()}
-        names = {name: name.removeprefix("model.").replace(".", "_") for name in model.state_dict()}
-        return {name: plain[old] for name, old in names.items() if old in plain}
-    if spec.num_classes == 0:
-        heads = model.pretrained_cfg.get("classifier") or ()
-        inside = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
-        return {name: tensor for name, tensor in weights.items() if not name.startswith(inside)}
-    return weights
-
-
-def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    expected = model.state_dict()
-    missing = sorted(expected.keys() - weights.keys())
-    unexpected = sorted(weights.keys() - expected.keys())
-    wrong = [key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape]
-    if missing or unexpected or wrong:
-        details = [
-            f"{len(names)} {what} (first: {names[0]})"
-            for names, what in ((missing, "missing"), (unexpected, "unexpected"), (sorted(wrong), "of another shape"))
-            if names
-        ]
-        raise ModelError(
-            f"the weights in {path} do not fit the architecture: {', '.join(details)}. "
-            "Check --arch, --num-classes and --model-arg (for instance img_size=70)."
-        )
-    model.load_state_dict({key: value.float() for key, value in weights.items()})

@@ -149,6 +149,7 @@ def quantize(
         **environment(),
         "source": source.source,
         "source_sha256": source.sha256,
+        "source_key": source.checkpoint_key,
         "arguments": {
             "data": str(data),
             "eval_data": None if eval_data is None else str(eval_data),
@@ -403,6 +404,7 @@ def _fingerprint(source: FloatModel, train_set: ImageSet, test_set: ImageSet, re
     parts = [source.sha256, source.spec.architecture, json.dumps(source.spec.model_args, sort_keys=True, default=str)]
     parts += [
         str(source.spec.num_classes),
+        str(source.checkpoint_key),
         train_set.fingerprint,
         test_set.fingerprint,
         json.dumps(recipe.to_dict(), sort_keys=True),

@@ -17,7 +17,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gplq.errors import ModelError
+from gplq.errors import GplqError, ModelError, first_line
 
 # Products of two tensors, as functions with the signature (a, b).
 MATMULS: frozenset[Any] = frozenset(
@@ -29,6 +29,8 @@ _UNSUPPORTED: frozenset[Any] = frozenset(
     {torch.einsum, torch.baddbmm, torch.addmm, torch.tensordot, F.bilinear, F.multi_head_attention_forward}
 )
 _CONVOLUTIONS: frozenset[Any] = frozenset({torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose2d})
+# Numbers that are kept of an output; more would take memory for every module of the network.
+_SAMPLE = 4096
 
 
 @dataclass
@@ -42,6 +44,9 @@ class Survey:
         behind_products: those that run inside a module with products, after them: the projection of an attention.
         biases: linears whose parent applies their weight itself, with the bias that it adds (or None).
         order: all modules in the order of their first call (for ``biases``, of their weight's use).
+        repeated: those of ``layers`` and ``products`` that ran more than once.
+        samples: some numbers of what each module returned first, in the order in which they were done; not on the meta
+            device.
     """
 
     layers: list[str] = field(default_factory=list)
@@ -50,18 +55,20 @@ class Survey:
     products: dict[str, int] = field(default_factory=dict)
     biases: dict[str, Tensor | None] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+    samples: dict[str, Tensor] = field(default_factory=dict)
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width in pixels of the images that a timm model was built for."""
     # The configuration tells the size of the pretrained weights; in_chans and img_size may have chosen another.
     channels, *size = resolve_data_config({}, model=model)["input_size"]
+    own: Any = getattr(model, "in_chans", None)
     stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = channels if stem is None else stem.in_channels
-    # The model or its patch embedding knows; in a wrapper (timm's features_only, a detector) it is further inside.
-    holders = (module for name, module in model.named_modules() if not name or name.endswith("patch_embed"))
-    known = (getattr(module, "img_size", None) for module in holders)
-    height, width = next((found for found in known if found), size)
+    channels = own or (channels if stem is None else stem.in_channels)
+    # The model knows, or what embeds its patches does; in later stages the size is that of feature maps.
+    found = next((known for known in (getattr(m, "img_size", None) for m in model.modules()) if known), size)
+    height, width = (found, found) if isinstance(found, int) else found
     return int(channels), int(height), int(width)
 
 
@@ -77,14 +84,50 @@ def survey(model: nn.Module, image_size: tuple[int, int, int]) -> Survey:
     """Watch ``model``, in evaluation mode, run on two images of ``image_size`` (channels, height, width).
 
     Raises:
-        ModelError: the model multiplies in a way that gplq cannot quantise; the message names the module.
+        ModelError: the model does not run on such images, or multiplies in a way that gplq cannot quantise; the message
+            names the module.
     """
-    tensor = next(model.parameters())
-    images = torch.rand(2, *image_size, device=tensor.device, dtype=tensor.dtype)
     recorder = _Recorder(model)
     with frozen_parameters(model), recorder.watching(), torch.enable_grad():
-        model(images.requires_grad_())
+        try:
+            model(probe_images(model, image_size).requires_grad_())
+        except GplqError:
+            raise
+        except Exception as error:  # a network may object to its input in any way there is
+            raise ModelError(
+                f"{type(model).__name__} does not run on images of {' x '.join(map(str, image_size))}, "
+                f"{recorder.where()}: {first_line(error)}"
+            ) from error
+    recorder.finish()
     return recorder.seen
+
+
+def probe_images(model: nn.Module, image_size: tuple[int, int, int]) -> Tensor:
+    """Two images of noise, [2, C, H, W], the same ones at each call, as the model's device and type want them."""
+    tensor = next(model.parameters())
+    if tensor.is_meta:
+        return torch.rand(2, *image_size, device="meta", dtype=tensor.dtype)
+    return torch.rand(2, *image_size, generator=torch.Generator().manual_seed(0)).to(tensor.device, tensor.dtype)
+
+
+def output_samples(model: nn.Module, image_size: tuple[int, int, int]) -> dict[str, Tensor]:
+    """As :attr:`Survey.samples`."""
+    names = {id(module): name for name, module in model.named_modules()}
+    samples: dict[str, Tensor] = {}
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        _sample(names[id(module)], output, samples)
+
+    with hooked(model, lambda *_: None, leave), torch.no_grad():
+        model(probe_images(model, image_size))
+    return samples
+
+
+def _sample(name: str, output: Any, samples: dict[str, Tensor]) -> None:
+    found = next((x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, Tensor)), None)
+    if name not in samples and found is not None and not found.is_meta and found.is_floating_point():
+        numbers = found.detach().flatten()
+        samples[name] = numbers[:: -(-len(numbers) // _SAMPLE) or 1].clone()
 
 
 class _Recorder(TorchFunctionMode):
@@ -93,6 +136,8 @@ class _Recorder(TorchFunctionMode):
         self.model = model
         self.names = {id(module): name for name, module in model.named_modules()}
         self.owners = {id(m.weight): self.names[id(m)] for m in model.modules() if isinstance(m, nn.Linear)}
+        self.last = model
+        self.by_constants: list[tuple[Any, list[nn.Module]]] = []
         self.stack: list[nn.Module] = [model]
         self.seen = Survey()
 
@@ -105,13 +150,28 @@ class _Recorder(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         name = self.names[id(module)]
         self.stack.append(module)
+        self.last = module
         if name not in self.seen.order:
             self.seen.order.append(name)
             if isinstance(module, nn.Linear | nn.Conv2d):
                 self._see_layer(name, args[0])
+        elif name in self.seen.layers or name in self.seen.products:
+            self.seen.repeated.append(name)
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
         self.stack.pop()
+        _sample(self.names[id(module)], output, self.seen.samples)
+
+    def finish(self) -> None:
+        """Refuse what only the whole pass shows: products that cannot be told from others in the same module."""
+        for func, stack in self.by_constants:
+            if any(self.names[id(module)] in self.seen.products for module in stack):
+                self._refuse(func, stack[-1], "multiplies by what does not depend on the image, beside products,")
+
+    def where(self) -> str:
+        """The module that began last: in it or right behind it a network failed."""
+        name = self.names[id(self.last)]
+        return f"at layer '{name}' ({type(self.last).__name__})" if name else "before its first layer"
 
     def _see_layer(self, name: str, x: Tensor) -> None:
         self.seen.layers.append(name)
@@ -130,8 +190,10 @@ class _Recorder(TorchFunctionMode):
             if (a.requires_grad and b.requires_grad) or (func is ATTENTION and b.requires_grad):
                 name = self.names[id(module)]
                 self.seen.products[name] = self.seen.products.get(name, 0) + products_in(func)
-            elif (a.requires_grad or b.requires_grad) and any(isinstance(x, nn.Parameter) for x in (a, b)):
-                self._refuse(func, module, "multiplies by a parameter that is not a linear's weight")
+            else:
+                if (a.requires_grad or b.requires_grad) and any(isinstance(x, nn.Parameter) for x in (a, b)):
+                    self._refuse(func, module, "multiplies by a parameter that is not a linear's weight")
+                self.by_constants.append((func, list(self.stack)))
         elif func in _UNSUPPORTED:
             tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             activations = [x for x in tensors if x.requires_grad]
@@ -148,6 +210,8 @@ class _Recorder(TorchFunctionMode):
         name = self.owners.get(id(weight))
         if name is None:
             self._refuse(func, module, "multiplies by a parameter that is not a linear's weight")
+        elif name in self.seen.layers:
+            self.seen.repeated.append(name)
         else:
             self.seen.order.append(name)
             self._see_layer(name, x)
@@ -157,7 +221,7 @@ class _Recorder(TorchFunctionMode):
         raise ModelError(
             f"layer '{self.names[id(module)]}' ({type(module).__name__}) {what} with "
             f"{getattr(func, '__name__', func)}, which gplq cannot put quantisers around. Supported are nn.Linear, "
-            "nn.Conv2d, matmul (@) and scaled_dot_product_attention."
+            "nn.Conv2d, matmul (@) and scaled_dot_product_attention: it would have to be written with these."
         )
 
 

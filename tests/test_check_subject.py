@@ -16,6 +16,7 @@ from conftest import Quantised
 from gplq.checkpoint import Checkpoint, at_image_size, load_checkpoint
 from gplq.errors import CheckpointError, UsageError
 from gplq.files import sha256
+from gplq.models import FloatModel
 from gplq_export.check.gates import Judge
 from gplq_export.check.report import Gate
 from gplq_export.check.subject import Files, describe, find_checkpoint, find_float_model, judge_files
@@ -234,3 +235,18 @@ def test_plan_without_a_manifest_is_run_only_if_trusted(dist: Path, checkpoint: 
     assert gate.status == "failed"
     assert "--trust-engine" in gate.sentence
     assert gates(Files.of([dist / "model.fp16.plan"]), checkpoint, trust=True)["hash.fp16.plan"].status == "passed"
+
+
+def test_float_model_is_the_one_of_several_in_a_file_that_was_quantised(
+    checkpoint: Checkpoint, float_model: FloatModel, tmp_path: Path
+) -> None:
+    raw = float_model.model.state_dict()
+    averaged = {name: tensor * 0.5 for name, tensor in raw.items()}
+    path = tmp_path / "training.ckpt"
+    torch.save({"state_dict": raw, "state_dict_ema": averaged}, path)
+    origin = {"source": str(path), "source_sha256": sha256(path)}
+    for key, head in (("state_dict", raw), (None, averaged)):
+        moved = replace(checkpoint, provenance={**checkpoint.provenance, **origin, "source_key": key})
+        found = find_float_model(moved)
+        assert found is not None
+        assert torch.equal(found.model.state_dict()["head.weight"], head["head.weight"])

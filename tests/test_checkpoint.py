@@ -4,6 +4,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import Quantised, fast_recipe, rough
+from conftest import ARCHITECTURE, MODEL_ARGS, Quantised, fast_recipe, rough
 from torch import Tensor
 
 import gplq
@@ -23,9 +24,9 @@ from gplq.checkpoint import (
     read_plain,
     save_checkpoint,
 )
-from gplq.errors import CheckpointError
+from gplq.errors import CheckpointError, UsageError
 from gplq.files import sha256
-from gplq.models import FloatModel
+from gplq.models import FloatModel, ModelSpec
 from gplq.pipeline import quantize
 
 Alter = Callable[[Callable[[dict[str, Any]], None]], Path]
@@ -244,3 +245,18 @@ def test_other_content_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="not a gplq checkpoint"):
         load_checkpoint(tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (ModelSpec("mine", {}, 4), "timm .* has no model 'mine'"),
+        (ModelSpec(ARCHITECTURE, {**MODEL_ARGS, "depth": 3}, 4), r"the quantised layers are not those of .*blocks\.2"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_saved(
+    checkpoint: gplq.Checkpoint, spec: ModelSpec, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        save_checkpoint(replace(checkpoint, spec=spec), tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from gplq.checkpoint import Checkpoint, at_image_size, load_checkpoint
 from gplq.convert import structure_of
 from gplq.errors import MissingError, ModelError, PrecisionError, UsageError
 from gplq.files import printable, sha256
-from gplq.models import WEIGHT_SUFFIXES, FloatModel, load_model
+from gplq.models import FloatModel, is_weights_file, load_model
 from gplq_export.check.gates import Judge
 from gplq_export.check.report import File, Subject
 from gplq_export.kernels import KERNELS
@@ -110,13 +110,14 @@ def find_float_model(checkpoint: Checkpoint, given: str | None = None) -> FloatM
     if not given and not Path(source).exists():
         return None  # a name, whose weights would be downloaded: only if the user says so
     spec = checkpoint.spec
-    is_file = Path(source).suffix in WEIGHT_SUFFIXES
+    is_file = is_weights_file(source)
     try:
         found = load_model(
             source,
             arch=spec.architecture if is_file else None,
             model_args=spec.model_args,
             num_classes=spec.num_classes if is_file or spec.num_classes == 0 else None,
+            checkpoint_key=checkpoint.provenance.get("source_key") if Path(source).exists() else None,
             preprocessing=checkpoint.preprocessing.settings(),
         )
     except ModelError as error:
