@@ -5,7 +5,7 @@ exported file wrong together: no comparison between them can notice.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +19,23 @@ Numbers = NDArray[np.int64]
 
 _DEVIATIONS = 3.29  # 99.9 %
 _ERRORS = 0.4  # the share of the errors that another numbering must explain
+_TOLD_APART = 0.85  # see _told_apart: what networks that were never trained seldom reach
 _USEFUL = 0.2  # of the way from guessing to no errors: what is surely below is no classifier
 _SHOWN = 3
 
 
 def trusted_top1(
-    model: nn.Module, images: ImageSet, num_classes: int, what: str, *, trust_labels: bool = False
+    model: nn.Module,
+    images: ImageSet,
+    num_classes: int,
+    what: str,
+    *,
+    trust_labels: bool = False,
+    say: Callable[[str], None] = print,
 ) -> Accuracy:
     """As :func:`gplq.evaluate.top1`, unless the answers speak against the labels.
+
+    An accuracy that is surely below chance, which no other numbering explains, is passed on with a warning to ``say``.
 
     Raises:
         DataError: see :func:`doubt`; not if ``trust_labels``.
@@ -35,6 +44,11 @@ def trusted_top1(
     accuracy = Accuracy(int((labels == said).sum()), len(labels))
     if not trust_labels and (why := doubt(labels, said, num_classes, images.classes)):
         raise DataError(f"{what} on {images.source}: top-1 {accuracy} (n = {accuracy.n}), {why}")
+    if accuracy.interval(_DEVIATIONS)[1] < 100 / num_classes:
+        say(
+            f"WARNING: {what} on {images.source}: top-1 {accuracy} (n = {accuracy.n}) is below chance, "
+            f"{100 / num_classes:.2f} %. Look whether labels, preprocessing and weights belong together."
+        )
     return accuracy
 
 
@@ -47,9 +61,10 @@ def doubt(labels: Numbers, said: Numbers, num_classes: int, names: Sequence[str]
       against the other images, and the other way round. It is believed if it makes two fifths of the errors right, net
       of the answers that it spoils, and if that is certain at 99.9 % (McNemar's test: of the images that it changes,
       half would improve by chance). An assignment that only fits the images on which it was found, as there always is
-      one for few images of many classes, gains nothing on others.
-    - *Guessing.* The 99.9 % interval (Wilson) begins below chance, 1 / classes or what the same answers would give if
-      they were dealt out to the images at random, and ends below the accuracy of a classifier that knows a fifth of the
+      one for few images of many classes, gains nothing on others. And nearly every class must have an answer of its
+      own: a network that was never trained also says the same of alike images, but of several classes the same.
+    - *Guessing.* The 99.9 % interval (Wilson) holds chance, 1 / classes or what the same answers would give if they
+      were dealt out to the images at random, and ends below the accuracy of a classifier that knows a fifth of the
       images and guesses the others.
 
     Args:
@@ -68,7 +83,8 @@ def doubt(labels: Numbers, said: Numbers, num_classes: int, names: Sequence[str]
         renamed[half == side] = _assignment(labels[half != side], said[half != side], num_classes)[labels[half == side]]
     gained, lost = int(((renamed == said) & ~right).sum()), int(((renamed != said) & right).sum())
     gain, errors = gained - lost, int((~right).sum())
-    if gain >= _ERRORS * errors > 0 and gain >= _DEVIATIONS * math.sqrt(gained + lost):
+    certain = gain >= _ERRORS * errors > 0 and gain >= _DEVIATIONS * math.sqrt(gained + lost)
+    if certain and _told_apart(labels, said, num_classes) >= _TOLD_APART:
         all_images = _assignment(labels, said, num_classes)
         moved = [k for k in np.argsort(-np.bincount(labels, minlength=num_classes)) if all_images[k] not in (-1, k)][
             :_SHOWN
@@ -83,7 +99,9 @@ def doubt(labels: Numbers, said: Numbers, num_classes: int, names: Sequence[str]
     low, high = Accuracy(int(right.sum()), len(labels)).interval(_DEVIATIONS)
     chance = 100 / num_classes
     shares = [np.bincount(numbers, minlength=num_classes) / len(numbers) for numbers in (labels, said)]
-    if low <= max(chance, 100 * float(shares[0] @ shares[1])) and high < chance + _USEFUL * (100 - chance):
+    dealt = 100 * float(shares[0] @ shares[1])
+    at_chance = low <= max(chance, dealt) and high >= min(chance, dealt)
+    if at_chance and high < chance + _USEFUL * (100 - chance):
         return (
             f"which is guessing: chance is {chance:.2f} % of {num_classes} classes. The labels, the preprocessing "
             f"(size, mean, std) or the weights are not those of the training. {_GO_ON}"
@@ -92,6 +110,14 @@ def doubt(labels: Numbers, said: Numbers, num_classes: int, names: Sequence[str]
 
 
 _GO_ON = "If you know better, --trust-labels goes on with things as they are."
+
+
+def _told_apart(labels: Numbers, answers: Numbers, num_classes: int) -> float:
+    """What a one-to-one assignment makes right, as a share of what each class's most frequent answer does."""
+    pairs, counts = np.unique(labels * num_classes + answers, return_counts=True)
+    most = np.zeros(num_classes, np.int64)
+    np.maximum.at(most, pairs // num_classes, counts)
+    return float((_assignment(labels, answers, num_classes)[labels] == answers).sum() / most.sum())
 
 
 def _place_in_class(labels: Numbers) -> Numbers:

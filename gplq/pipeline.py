@@ -123,7 +123,7 @@ def quantize(
         say(f"{name:6} {what} {results[name]}   (n = {results[name].n})")
 
     if labelled:
-        judged = partial(trusted_top1, num_classes=source.spec.num_classes, trust_labels=trust_labels)
+        judged = partial(trusted_top1, num_classes=source.spec.num_classes, trust_labels=trust_labels, say=say)
         measure("FP32", reference(), judged)
     student = convert(copy.deepcopy(teacher), recipe).to(device)
     few = test_set.head(_FEW_IMAGES)

@@ -85,6 +85,13 @@ def test_a_constant_answer_is_guessing_and_no_numbering() -> None:
     assert "guessing" in why
 
 
+@pytest.mark.parametrize("answers", [[1, 1, 1, 2], [1, 0, 0, 1], [2, 2, 3, 0]])
+def test_untrained_networks_that_say_the_same_of_alike_images_have_no_other_numbering(answers: list[int]) -> None:
+    """Renumbering would make half or more of the answers right, as any constant answer can be called right."""
+    labels = np.arange(64) % 4
+    assert doubt(labels, np.array(answers)[labels], 4) is None
+
+
 def test_one_class_in_the_data_is_no_guessing() -> None:
     assert doubt(np.full(50, 3), np.full(50, 3), 10) is None
 
