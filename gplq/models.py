@@ -307,7 +307,10 @@ def _from_file(
 
 def _say_features_alone(path: Path, found: Found, whole: Any) -> None:
     at = f" at '{found.place}'" if found.place else ""
-    for name, tensor in found.beside.items():
+    # A head of several layers has names of its own, such as head.1.weight behind a dropout.
+    heads = tuple(f"{name}." for name in classifier_names(whole))
+    inside = {name: tensor for name, tensor in found.weights.items() if name.startswith(heads)}
+    for name, tensor in {**inside, **found.beside}.items():
         if tensor.ndim == 2 and tensor.shape[1] == whole.num_features:
             raise ModelError(
                 f"the weights in {path}{at} have no classifier, and beside them is {name} {list(tensor.shape)}, which "

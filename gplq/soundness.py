@@ -26,10 +26,12 @@ _UNSUPPORTED = (
     nn.ConvTranspose3d,
     nn.Bilinear,
 )
+_QUANTISED = ("torch.ao.nn.", "torchao.")  # packages of layers that keep integers for their weights
 # Of an output's norm. Sums in another order differ by 1e-6, behind a steep softmax or with TF32 by some 1e-4.
 _TOLERANCE = 5e-3
 _MERGE = (
-    "merge or remove it first (PEFT: merge_and_unload(); torch.nn.utils: remove_weight_norm(), remove_spectral_norm())"
+    "merge or remove it first (PEFT: merge_and_unload(); torch.nn.utils: remove_weight_norm(), remove_spectral_norm(), "
+    "prune.remove())"
 )
 
 
@@ -72,6 +74,10 @@ def check_layers(model: nn.Module, seen: Survey, floats: Collection[str]) -> Non
             raise ModelError(
                 f"layer '{name}' ({type(module).__name__}) of this model is not supported: gplq quantises nn.Linear, "
                 "nn.Conv2d and products of activations. It would need a quantised form in gplq/layers.py."
+            )
+        if type(module).__module__.startswith(_QUANTISED):
+            raise ModelError(
+                f"layer '{name}' ({type(module).__module__}) is quantised already: start from the float model."
             )
     for name in (name for name in seen.repeated if name not in floats):
         kind = type(model.get_submodule(name)).__name__

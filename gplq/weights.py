@@ -8,8 +8,10 @@ its own. :mod:`gplq.fitting` loads what was found into a model.
 
 import argparse
 import pathlib
+import pickletools
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ _SAFE_GLOBALS: list[Any] = [
     pathlib.PosixPath,
     np.dtype,
     np.ndarray,
-    *sorted({type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efd"}, key=str),
+    *sorted({type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efdUS"}, key=str),
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 ]
@@ -97,19 +99,21 @@ def read_plain_data(path: Path) -> Any:
         ModelError: the file is damaged, or loading it would run code; the message names what is in the way.
     """
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            start = file.read(64)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}.") from error
-    except Exception as error:  # both readers raise types of their own for a damaged or hostile file
-        raise ModelError(f"{path} cannot be loaded safely: {_why_unreadable(path, error)}") from error
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what they say of a file, the message says
+            if start[8:9] == b"{":  # whatever the name ends in: the length of a header, and the header
+                return safetensors.torch.load_file(path)
+            with torch.serialization.safe_globals(_SAFE_GLOBALS), path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # both readers raise types of their own for a damaged or hostile file, OSError too
+        raise ModelError(f"{path} cannot be loaded safely: {_why_unreadable(path, start, error)}") from error
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
-    with path.open("rb") as file:
-        start = file.read(64)
+def _why_unreadable(path: Path, start: bytes, error: Exception) -> str:
     if not start:
         return "it is empty."
     if start.startswith(b"version https://git-lfs"):
@@ -144,7 +148,22 @@ def _blocked(path: Path, text: str) -> list[str]:
             found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         return sorted(found)
     except Exception:  # what it raises for a file of before 2020, or a damaged one; then the message names the first
-        return re.findall(r"GLOBAL ([\w.]+)", text)[:1]
+        return re.findall(r"GLOBAL ([\w.]+)", text)[:1] or _called_first(path)
+
+
+def _called_first(path: Path) -> list[str]:
+    """The first class or function that a bare pickle (``pickle.dump``) of a later protocol asks for; runs nothing."""
+    texts: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for operation, argument, _ in pickletools.genops(file):
+                if operation.name == "STACK_GLOBAL":
+                    return [".".join(texts[-2:])]
+                if isinstance(argument, str):
+                    texts.append(argument)
+    except Exception:  # what it raises for whatever is no pickle
+        pass
+    return []
 
 
 def _tensors(content: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
