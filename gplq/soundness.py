@@ -63,6 +63,17 @@ def _freeze_parametrized(module: nn.Module) -> None:
         module.register_parameter(name, nn.Parameter(value))
 
 
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that are no numbers: whatever they reach compares with nothing.
+
+    Raises:
+        ModelError: with the first of them.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
+            raise ModelError(f"{name} of this model is not finite (NaN or infinite): its training diverged.")
+
+
 def check_layers(model: nn.Module, seen: Survey, floats: Collection[str]) -> None:
     """Refuse what cannot be converted; layers that stay in floating point (``floats``) may do as they like.
 

@@ -129,6 +129,14 @@ def test_layers_that_are_quantised_already_are_refused() -> None:
         convert(model, Recipe())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float) -> None:
+    model = make_model()
+    part(model, "blocks.0.norm1").weight.data[3] = value
+    with pytest.raises(ModelError, match=r"blocks\.0\.norm1\.weight of this model is not finite"):
+        convert(model, Recipe())
+
+
 def test_pruned_layers_are_refused_with_the_remedy() -> None:
     model = make_model()
     prune.l1_unstructured(part(model, "blocks.0.mlp.fc1"), "weight", 0.5)
