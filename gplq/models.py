@@ -315,8 +315,8 @@ def _say_features_alone(path: Path, found: Found, whole: Any) -> None:
             raise ModelError(
                 f"the weights in {path}{at} have no classifier, and beside them is {name} {list(tensor.shape)}, which "
                 "may be one. If it is, give it the name that it has in timm "
-                f"({' or '.join(classifier_names(whole))}, beside the other weights); to quantise the features alone: "
-                "--num-classes 0."
+                f"({' or '.join(classifier_names(whole))}, beside the other weights), or take the weights that have it "
+                "(--checkpoint-key); to quantise the features alone: --num-classes 0."
             )
     tqdm.write(f"{path}: the weights{at} have no classifier: features alone", file=sys.stderr)
 

@@ -55,7 +55,8 @@ class Found:
     Attributes:
         weights: under the architecture's names, or under those that timm's filter for the family may know.
         place: where in the file they were; empty if they lay open.
-        beside: tensors at no place, by their path in the file; without those of an optimiser.
+        beside: tensors at no place, by their path in the file, without those of an optimiser; and those at another
+            place that are lacking at this one, such as the classifier of raw weights beside EMA of a backbone.
     """
 
     weights: Weights
@@ -86,9 +87,13 @@ def find_weights(path: Path, names: Collection[str], key: str | None = None) -> 
         places = places if key is not None else places[:1]
     place = _choose(places, tensors, path, key)
     beside = {name: tensor for name, tensor in tensors.items() if not any(_is_inside(name, each) for each in places)}
-    _say_where(path, place, [each for each in places if each != place], beside)
+    others = [each for each in places if each != place]
+    _say_where(path, place, others, beside)
     weights = _inside(tensors, place)
     beside = {name: tensor for name, tensor in beside.items() if "optim" not in name.split(".")[0]}
+    for other in others:
+        lacking = {name: tensor for name, tensor in _inside(tensors, other).items() if name not in weights}
+        beside |= {f"{other}.{name}" if other else name: tensor for name, tensor in lacking.items()}
     return Found(timm.models.clean_state_dict(weights) if foreign else weights, place, beside)
 
 

@@ -221,6 +221,14 @@ def test_names_of_classes_in_an_array_are_plain_data(tmp_path: Path) -> None:
     assert load(tmp_path / "weights.pth").spec.num_classes == 4
 
 
+def test_averaged_weights_without_the_classifier_that_the_raw_ones_have_are_asked_about(tmp_path: Path) -> None:
+    backbone = {name: tensor for name, tensor in state(2).items() if not name.startswith("head.")}
+    torch.save({"model": state(), "model_ema": backbone}, tmp_path / "weights.pth")
+    with pytest.raises(ModelError, match=r"'model_ema' have no classifier, .* model\.head\.weight .*--checkpoint-key"):
+        load(tmp_path / "weights.pth")
+    assert holds(load(tmp_path / "weights.pth", checkpoint_key="model").model, state())
+
+
 def test_a_head_of_several_layers_is_asked_about(tmp_path: Path) -> None:
     weights = {name.replace("head.", "head.1."): tensor for name, tensor in state().items()}
     torch.save(weights, tmp_path / "weights.pth")
