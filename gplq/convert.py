@@ -19,7 +19,7 @@ from gplq.errors import ModelError
 from gplq.layers import QuantAttention, QuantConv, QuantLinear, QuantPatchConv, route_products
 from gplq.lsq import ActivationQuantizer
 from gplq.recipe import Recipe
-from gplq.soundness import check_layers, check_unchanged, make_plain
+from gplq.soundness import check_finite, check_layers, check_unchanged, make_plain
 from gplq.survey import Survey, classifiers, input_size, output_samples, survey
 
 QuantLayer = QuantLinear | QuantPatchConv | QuantConv | QuantAttention
@@ -60,10 +60,11 @@ def convert(model: nn.Module, recipe: Recipe, image_size: tuple[int, int, int] |
         image_size: channels, height and width of its images; what timm says, if None.
 
     Raises:
-        ModelError: the model has a layer that is not supported, or computes something else once it is converted; the
-            message names the layer. In the latter case ``model`` has been changed.
+        ModelError: the model has a layer that is not supported or weights that are not finite, or computes something
+            else once it is converted; the message names the layer. In the last case ``model`` has been changed.
     """
     model.eval()
+    check_finite(model)
     make_plain(model)
     image_size = image_size or input_size(model)
     seen = survey(model, image_size)

@@ -197,9 +197,16 @@ def open_images(
         bad_images: whether an image that cannot be read ends the work or is left out.
 
     Raises:
-        DataError: nothing is there, it is none of these layouts, it is empty, or it lacks the split or labels.
+        DataError: nothing is there, it is none of these layouts, it is empty, or it lacks the split or labels; or the
+            model takes images of other channels than pictures have.
         MissingError: a package is needed to read it and not installed.
     """
+    channels = preprocessing.input_size[0]
+    if channels not in (1, 3):
+        raise DataError(
+            f"the model takes images of {channels} channels, and pictures are read in grey (1) or RGB (3): "
+            f"{printable(str(data))} cannot be used. In Python, gplq.calibrate and gplq.stage2 take tensors."
+        )
     return ImageSet(_find(str(data), split, need_labels), preprocessing, bad_images)
 
 

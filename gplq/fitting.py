@@ -27,6 +27,7 @@ _FOREIGN = {
     r"parametrizations\.": "weights under a parametrisation: call remove_parametrizations() of "
     "torch.nn.utils.parametrize, then save",
     r"\.weight_[gv]$": "weights under weight_norm: call torch.nn.utils.remove_weight_norm(), then save",
+    r"\.weight_mask$": "weights under pruning: call torch.nn.utils.prune.remove(), then save",
     r"\.(weight_scale|weight_scale_inv|qweight|qzeros|SCB|absmax|quant_map)$": "weights that are quantised already: "
     "start from the float ones",
     r"^fc_norm\.": "those of a model with average pooling: --model-arg global_pool=avg",

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-from unicodedata import category
+from unicodedata import category, normalize
 
 from timm.utils.misc import natural_key
 
@@ -130,7 +130,8 @@ def _plain(name: str) -> str:
     >>> _plain("Sea_lion"), _plain("sea-lion ")
     ('sea lion', 'sea lion')
     """
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+    # macOS writes an umlaut as two characters.
+    return normalize("NFC", re.sub(r"[\s_-]+", " ", name).strip().casefold())
 
 
 def _check_order(images: "ImageSet", label_names: Sequence[str] | None) -> None:

@@ -307,13 +307,16 @@ def _from_file(
 
 def _say_features_alone(path: Path, found: Found, whole: Any) -> None:
     at = f" at '{found.place}'" if found.place else ""
-    for name, tensor in found.beside.items():
+    # A head of several layers has names of its own, such as head.1.weight behind a dropout.
+    heads = tuple(f"{name}." for name in classifier_names(whole))
+    inside = {name: tensor for name, tensor in found.weights.items() if name.startswith(heads)}
+    for name, tensor in {**inside, **found.beside}.items():
         if tensor.ndim == 2 and tensor.shape[1] == whole.num_features:
             raise ModelError(
                 f"the weights in {path}{at} have no classifier, and beside them is {name} {list(tensor.shape)}, which "
                 "may be one. If it is, give it the name that it has in timm "
-                f"({' or '.join(classifier_names(whole))}, beside the other weights); to quantise the features alone: "
-                "--num-classes 0."
+                f"({' or '.join(classifier_names(whole))}, beside the other weights), or take the weights that have it "
+                "(--checkpoint-key); to quantise the features alone: --num-classes 0."
             )
     tqdm.write(f"{path}: the weights{at} have no classifier: features alone", file=sys.stderr)
 

@@ -44,8 +44,10 @@ class Preprocessing:
                 raise ValueError(f"{name} has {len(values)} numbers {_listed(values)} for {channels} channel(s)")
         if not all(0 <= value <= 1 for value in self.mean):
             raise ValueError(f"mean {_listed(self.mean)} is not of pixels in 0 … 1; divide those of 0 … 255 by 255")
-        if not all(0 < value < math.inf for value in self.std):
-            raise ValueError(f"std {_listed(self.std)} is not positive")
+        if not all(0 < value <= 1 for value in self.std):
+            raise ValueError(
+                f"std {_listed(self.std)} is not of pixels in 0 … 1, or not positive; divide those of 0 … 255 by 255"
+            )
         if not 0 <= self.crop_pct < math.inf:
             raise ValueError(f"crop_pct {self.crop_pct} is no share of the image")
         for name, value, known in (

@@ -26,10 +26,12 @@ _UNSUPPORTED = (
     nn.ConvTranspose3d,
     nn.Bilinear,
 )
+_QUANTISED = ("torch.ao.nn.", "torchao.")  # packages of layers that keep integers for their weights
 # Of an output's norm. Sums in another order differ by 1e-6, behind a steep softmax or with TF32 by some 1e-4.
 _TOLERANCE = 5e-3
 _MERGE = (
-    "merge or remove it first (PEFT: merge_and_unload(); torch.nn.utils: remove_weight_norm(), remove_spectral_norm())"
+    "merge or remove it first (PEFT: merge_and_unload(); torch.nn.utils: remove_weight_norm(), remove_spectral_norm(), "
+    "prune.remove())"
 )
 
 
@@ -61,6 +63,17 @@ def _freeze_parametrized(module: nn.Module) -> None:
         module.register_parameter(name, nn.Parameter(value))
 
 
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that are no numbers: whatever they reach compares with nothing.
+
+    Raises:
+        ModelError: with the first of them.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
+            raise ModelError(f"{name} of this model is not finite (NaN or infinite): its training diverged.")
+
+
 def check_layers(model: nn.Module, seen: Survey, floats: Collection[str]) -> None:
     """Refuse what cannot be converted; layers that stay in floating point (``floats``) may do as they like.
 
@@ -72,6 +85,10 @@ def check_layers(model: nn.Module, seen: Survey, floats: Collection[str]) -> Non
             raise ModelError(
                 f"layer '{name}' ({type(module).__name__}) of this model is not supported: gplq quantises nn.Linear, "
                 "nn.Conv2d and products of activations. It would need a quantised form in gplq/layers.py."
+            )
+        if type(module).__module__.startswith(_QUANTISED):
+            raise ModelError(
+                f"layer '{name}' ({type(module).__module__}) is quantised already: start from the float model."
             )
     for name in (name for name in seen.repeated if name not in floats):
         kind = type(model.get_submodule(name)).__name__

@@ -8,8 +8,10 @@ its own. :mod:`gplq.fitting` loads what was found into a model.
 
 import argparse
 import pathlib
+import pickletools
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ _SAFE_GLOBALS: list[Any] = [
     pathlib.PosixPath,
     np.dtype,
     np.ndarray,
-    *sorted({type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efd"}, key=str),
+    *sorted({type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efdUS"}, key=str),
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 ]
@@ -53,7 +55,8 @@ class Found:
     Attributes:
         weights: under the architecture's names, or under those that timm's filter for the family may know.
         place: where in the file they were; empty if they lay open.
-        beside: tensors at no place, by their path in the file; without those of an optimiser.
+        beside: tensors at no place, by their path in the file, without those of an optimiser; and those at another
+            place that are lacking at this one, such as the classifier of raw weights beside EMA of a backbone.
     """
 
     weights: Weights
@@ -84,9 +87,13 @@ def find_weights(path: Path, names: Collection[str], key: str | None = None) -> 
         places = places if key is not None else places[:1]
     place = _choose(places, tensors, path, key)
     beside = {name: tensor for name, tensor in tensors.items() if not any(_is_inside(name, each) for each in places)}
-    _say_where(path, place, [each for each in places if each != place], beside)
+    others = [each for each in places if each != place]
+    _say_where(path, place, others, beside)
     weights = _inside(tensors, place)
     beside = {name: tensor for name, tensor in beside.items() if "optim" not in name.split(".")[0]}
+    for other in others:
+        lacking = {name: tensor for name, tensor in _inside(tensors, other).items() if name not in weights}
+        beside |= {f"{other}.{name}" if other else name: tensor for name, tensor in lacking.items()}
     return Found(timm.models.clean_state_dict(weights) if foreign else weights, place, beside)
 
 
@@ -97,19 +104,21 @@ def read_plain_data(path: Path) -> Any:
         ModelError: the file is damaged, or loading it would run code; the message names what is in the way.
     """
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            start = file.read(64)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}.") from error
-    except Exception as error:  # both readers raise types of their own for a damaged or hostile file
-        raise ModelError(f"{path} cannot be loaded safely: {_why_unreadable(path, error)}") from error
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what they say of a file, the message says
+            if start[8:9] == b"{":  # whatever the name ends in: the length of a header, and the header
+                return safetensors.torch.load_file(path)
+            with torch.serialization.safe_globals(_SAFE_GLOBALS), path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # both readers raise types of their own for a damaged or hostile file, OSError too
+        raise ModelError(f"{path} cannot be loaded safely: {_why_unreadable(path, start, error)}") from error
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
-    with path.open("rb") as file:
-        start = file.read(64)
+def _why_unreadable(path: Path, start: bytes, error: Exception) -> str:
     if not start:
         return "it is empty."
     if start.startswith(b"version https://git-lfs"):
@@ -144,7 +153,22 @@ def _blocked(path: Path, text: str) -> list[str]:
             found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         return sorted(found)
     except Exception:  # what it raises for a file of before 2020, or a damaged one; then the message names the first
-        return re.findall(r"GLOBAL ([\w.]+)", text)[:1]
+        return re.findall(r"GLOBAL ([\w.]+)", text)[:1] or _called_first(path)
+
+
+def _called_first(path: Path) -> list[str]:
+    """The first class or function that a bare pickle (``pickle.dump``) of a later protocol asks for; runs nothing."""
+    texts: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for operation, argument, _ in pickletools.genops(file):
+                if operation.name == "STACK_GLOBAL":
+                    return [".".join(texts[-2:])]
+                if isinstance(argument, str):
+                    texts.append(argument)
+    except Exception:  # what it raises for whatever is no pickle
+        pass
+    return []
 
 
 def _tensors(content: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:

@@ -124,7 +124,8 @@ def _check_standard(proto: onnx.ModelProto, path: Path) -> None:
     try:
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, UnicodeDecodeError, ValueError) as error:
-        raise UsageError(f"{path} is not valid ONNX: {printable(str(error))} Nothing was done with it.") from error
+        reason = printable(str(error)).rstrip(".")
+        raise UsageError(f"{path} is not valid ONNX: {reason}. Nothing was done with it.") from error
 
 
 def _check_acyclic(graph: onnx.GraphProto, path: Path) -> None:

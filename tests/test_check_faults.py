@@ -462,12 +462,17 @@ def fixed_batch(size: int) -> Change:
     return change
 
 
+def rename_input(model: ir.Model) -> None:
+    model.graph.inputs[0].name = "pixels"
+
+
 UNUSABLE: dict[str, tuple[Change, str]] = {
     "a quantiser is missing": (without_quantizer(QUANTIZER), f"lacks quantiser {QUANTIZER}"),
     "a linear has another name": (lambda model: setattr(node(model, LINEAR), "name", "x"), f"lacks linear {LINEAR}"),
     "nothing says where units begin": (drop_marks, "lacks unit blocks.0"),
     "a bias is too short": (shortened("blocks.0.attn.q.bias"), "ONNX Runtime cannot run the graph: "),
     "its batch is fixed to 1": (fixed_batch(1), "index: 0 Got: 2 Expected: 1"),
+    "its input has another name": (rename_input, "takes pixels, where an export takes 'images' alone"),
     "its batch is fixed to 2": (fixed_batch(2), "index: 0 Got: 1 Expected: 2"),
 }
 

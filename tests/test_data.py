@@ -53,6 +53,12 @@ def test_grey_images_reach_a_colour_model_in_three_channels(npz_file: Path) -> N
     torch.testing.assert_close(tensor[0] * 0.25 + 0.5, tensor[2] * 0.1 + 0.3, rtol=0, atol=1e-6)
 
 
+def test_pictures_for_a_model_of_other_channels_are_refused_before_any_is_read(npz_file: Path) -> None:
+    satellite = Preprocessing((4, 16, 16), "bilinear", 1.0, "center", (0.5,) * 4, (0.25,) * 4)
+    with pytest.raises(DataError, match=r"takes images of 4 channels, and pictures are read in grey .1. or RGB .3."):
+        open_images(npz_file, "test", satellite)
+
+
 def test_npz_with_one_split_serves_both(tmp_path: Path) -> None:
     pixels, labels = make_arrays(6, seed=0)
     colour = np.repeat(pixels[..., None], 3, axis=3)

@@ -144,6 +144,7 @@ def test_what_is_no_float_weight_is_named(change: Any, tmp_path: Path) -> None:
         ("blocks.0.attn.qkv.lora_A.default.weight", "an adapter .LoRA. that is not merged"),
         ("blocks.0.mlp.fc1.parametrizations.weight.original0", "under a parametrisation"),
         ("blocks.0.mlp.fc1.weight_g", "remove_weight_norm"),
+        ("blocks.0.mlp.fc1.weight_mask", "prune.remove"),
         ("blocks.0.mlp.fc1.weight_scale", "quantised already"),
         ("fc_norm.weight", "global_pool=avg"),
         ("reg_token", "reg_tokens=N"),

@@ -117,6 +117,12 @@ def test_a_name_at_another_place_contradicts_the_order(names: list[str], message
         check_labels(images, 3, names)
 
 
+def test_an_umlaut_of_two_characters_is_the_same_letter(tmp_path: Path) -> None:
+    images = numbered(tmp_path, ["a\u0308sp", "bass"])  # as macOS writes it, so that it comes before b
+    with pytest.raises(DataError, match="by order they contradict each other: its class 0 is"):
+        check_labels(images, 2, ["barsch", "\u00e4sp"])
+
+
 def test_names_that_are_written_otherwise_at_the_same_place_are_the_same(tmp_path: Path) -> None:
     images = numbered(tmp_path, ["cat", "dog", "sea_lion"])
     check_labels(images, 3, ["Cat", "Dog", "sea lion"])

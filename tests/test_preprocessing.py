@@ -84,6 +84,7 @@ def _follow(steps: list[str], image: Image.Image) -> "np.ndarray[Any, np.dtype[n
         ({"std": [0.2, 0.3]}, "std has 2 numbers"),
         ({"mean": [123.7, 116.3, 103.5]}, "divide those of 0 … 255 by 255"),
         ({"std": [0.2, 0.0, 0.2]}, "not positive"),
+        ({"std": [58.4, 57.1, 57.4]}, "not of pixels in 0 … 1"),
         ({"crop_pct": -1}, "crop_pct"),
         ({"interpolation": "random"}, "interpolation 'random' is none of nearest"),
         ({"crop_mode": "corner"}, "crop_mode 'corner' is none of center"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_model
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torchvision.models import SwinTransformer
 
 from gplq.calibrate import calibrate_on
@@ -120,6 +120,28 @@ class Twice(nn.Module):
 def test_what_runs_twice_is_refused_by_name(name: str, layer: str) -> None:
     with pytest.raises(ModelError, match=rf"layer '{layer}.*' .* runs more than once for an image"):
         convert(replace(make_model(), name, Twice), Recipe())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_layers_that_are_quantised_already_are_refused() -> None:
+    model = torch.ao.quantization.quantize_dynamic(make_model(), {nn.Linear})
+    with pytest.raises(ModelError, match=r"layer 'blocks\.0\.attn\.qkv' .* is quantised already"):
+        convert(model, Recipe())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float) -> None:
+    model = make_model()
+    part(model, "blocks.0.norm1").weight.data[3] = value
+    with pytest.raises(ModelError, match=r"blocks\.0\.norm1\.weight of this model is not finite"):
+        convert(model, Recipe())
+
+
+def test_pruned_layers_are_refused_with_the_remedy() -> None:
+    model = make_model()
+    prune.l1_unstructured(part(model, "blocks.0.mlp.fc1"), "weight", 0.5)
+    with pytest.raises(ModelError, match=r"'blocks\.0\.mlp\.fc1' is computed when it runs.*prune\.remove"):
+        convert(model, Recipe())
 
 
 def test_block_in_two_places_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +154,7 @@ def write(content: Any) -> Callable[[Path], object]:
         (write({"state_dict": {}, "config": Opaque()}), r"holds test_weights\.Opaque, which only running code"),
         (write({"state_dict": {}, "args": collections.deque()}), r"holds collections\.deque, which only running code"),
         (write(make_model()), r"holds a whole model .*torch\.save\(model\.state_dict\(\)"),
+        (lambda path: path.write_bytes(pickle.dumps({"args": Opaque()})), r"holds test_weights\.Opaque, which only"),
         (write({"epoch": 3}), "does not hold a state dict"),
         (write([1, 2]), "does not hold a state dict"),
         (write(torch.zeros(3)), "does not hold a state dict"),
@@ -200,6 +202,36 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
     torch.save(state(), tmp_path / "weights.pth")
     save_file(state(), tmp_path / "weights.safetensors")
     for path in (tmp_path / "weights.pth", tmp_path / "weights.safetensors"):
-        path.write_bytes(path.read_bytes()[:1000])
-        with pytest.raises(ModelError, match=re.escape(f"{path} cannot be loaded safely: it is damaged")):
-            load(path)
+        whole = path.read_bytes()
+        for size in (3, 1000, len(whole) // 2, len(whole) - 30):
+            path.write_bytes(whole[:size])
+            with pytest.raises(ModelError, match=re.escape(f"{path} cannot be loaded safely: it is damaged")):
+                load(path)
+
+
+def test_the_content_of_a_file_tells_its_format_and_not_its_name(tmp_path: Path) -> None:
+    save_file(state(), tmp_path / "weights.bin")
+    torch.save(state(), tmp_path / "weights.safetensors")
+    for path in (tmp_path / "weights.bin", tmp_path / "weights.safetensors"):
+        assert read_plain_data(path).keys() == state().keys()
+
+
+def test_names_of_classes_in_an_array_are_plain_data(tmp_path: Path) -> None:
+    torch.save({"state_dict": state(), "classes": np.array(["ant", "bee"])}, tmp_path / "weights.pth")
+    assert load(tmp_path / "weights.pth").spec.num_classes == 4
+
+
+def test_averaged_weights_without_the_classifier_that_the_raw_ones_have_are_asked_about(tmp_path: Path) -> None:
+    backbone = {name: tensor for name, tensor in state(2).items() if not name.startswith("head.")}
+    torch.save({"model": state(), "model_ema": backbone}, tmp_path / "weights.pth")
+    with pytest.raises(ModelError, match=r"'model_ema' have no classifier, .* model\.head\.weight .*--checkpoint-key"):
+        load(tmp_path / "weights.pth")
+    assert holds(load(tmp_path / "weights.pth", checkpoint_key="model").model, state())
+
+
+def test_a_head_of_several_layers_is_asked_about(tmp_path: Path) -> None:
+    weights = {name.replace("head.", "head.1."): tensor for name, tensor in state().items()}
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(ModelError, match=r"no classifier, and beside them is head\.1\.weight .*--num-classes 0"):
+        load(tmp_path / "weights.pth")
+    assert load(tmp_path / "weights.pth", num_classes=0).spec.num_classes == 0

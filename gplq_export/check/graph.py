@@ -68,6 +68,12 @@ def check_graph(graph: ir.Model, model: nn.Module) -> None:
     Raises:
         UsageError: it has others: it is of another network, or was rewritten.
     """
+    inputs = [str(value.name) for value in graph.graph.inputs]
+    if inputs != [INPUT]:
+        raise UsageError(
+            f"the graph takes {', '.join(inputs) or 'nothing'}, where an export takes '{INPUT}' alone: it was "
+            "rewritten. Export again."
+        )
     values = ir.convenience.create_value_mapping(graph.graph)
     nodes = {node.name for node in graph.graph}
     expected = [name for name, _ in units(model)]
