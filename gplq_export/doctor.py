@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from gplq.errors import MissingError
 from gplq_export.engine import Backend, find_builder
-from gplq_export.triton.images import TritonImage, same_version, triton_image, version_numbers
+from gplq_export.triton.images import OLDEST_ONNXRUNTIME, TritonImage, same_version, triton_image, version_numbers
 
 SCHEMA_VERSION = "1.0"
 Status = Literal["ok", "missing", "broken", "too old", "untested", "note"]
@@ -29,9 +29,9 @@ Status = Literal["ok", "missing", "broken", "too old", "untested", "note"]
 # Distribution -> module, oldest version that works, first that nobody has tried, what to install; as in pyproject.toml.
 PACKAGES = {
     "torch": ("torch", "2.11", "3", "torch"),
-    "timm": ("timm", "1.0.20", "2", "timm"),
+    "timm": ("timm", "1.0.31", "2", "timm"),
     "numpy": ("numpy", "2.0", "3", "numpy"),
-    "onnx": ("onnx", "1.18", "2", "onnx"),
+    "onnx": ("onnx", "1.21", "2", "onnx"),
     "onnx-ir": ("onnx_ir", "0.2", "2", "onnx-ir"),
     "onnxscript": ("onnxscript", "0.6", "1", "onnxscript"),
     "polygraphy": ("polygraphy", "0.49.20", "1", "gplq[trt]"),
@@ -43,7 +43,7 @@ _TENSORRT = {  # name -> modules, the first that loads; what to install
     "TensorRT": (("tensorrt",), "gplq[trt]"),
     "TensorRT-RTX": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "gplq[trt-rtx]"),
 }
-_ORT_FLOOR, _ORT_CEILING = "1.23", "2"
+_ORT_FLOOR, _ORT_CEILING = "1.30", "2"
 _ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _PROBE_SECONDS = 20
 _DISK_BYTES = 5 * 10**9  # a checkpoint, the files of an export and two engines of a ViT-L
@@ -306,8 +306,8 @@ def triton_answers(image: TritonImage, builder: Backend | MissingError) -> list[
         plan = Feature("plans built here", False, why)
     else:
         plan = Feature("plans built here", True, "the same version; the server's GPU must be of this GPU's kind, too")
-    recent = version_numbers(image.onnxruntime) >= version_numbers(_ORT_FLOOR)
-    why = "" if recent else f"not tried: tested with ONNX Runtime {_ORT_FLOOR} and newer"
+    recent = version_numbers(image.onnxruntime) >= version_numbers(OLDEST_ONNXRUNTIME)
+    why = "" if recent else f"not tried: tested with ONNX Runtime {OLDEST_ONNXRUNTIME} and newer"
     return [plan, Feature("ONNX files exported here", recent, why)]
 
 

@@ -41,7 +41,7 @@ def compared(labels: int, n: int = 100, cosine: float = 1.0, top1: tuple[int, in
 
 def judged(checkpoint: Checkpoint, provenance: Any, pair: Pair | None = None, classes: int = 4) -> Gate:
     spec = dataclasses.replace(checkpoint.spec, num_classes=classes)
-    recipe = checkpoint.recipe.model_copy(update={"limits": Limits()})
+    recipe = checkpoint.recipe.model_copy(update={"limits": Limits(agreement=80.0)})
     judge = Judge(THRESHOLDS)
     judge_closeness(judge, dataclasses.replace(checkpoint, spec=spec, recipe=recipe, provenance=provenance), pair)
     (gate,) = judge.gates

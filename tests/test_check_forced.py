@@ -164,7 +164,7 @@ def test_what_no_image_reaches_is_found_on_the_grid(
     checkpoint: Checkpoint, dialect: ir.Model, images: ImageSet, fault: Any
 ) -> None:
     """Images that are nearly grey reach no limit, and an exact half of an activation never comes by chance."""
-    fault.victim = "blocks.1.attn.qk.b_quantizer"
+    fault.victim = "blocks.1.attn.qk.a_quantizer"
     pale = [1e-3 * smooth_noise(4)] if isinstance(fault, OneLevelShort) else images
     forced = feed(checkpoint.model, lower(dialect, fault, {}), pale)
     if isinstance(fault, HalfUp):

@@ -48,7 +48,7 @@ def with_limits(recipe: Recipe, agreement: float, cosine: float) -> Recipe:
     ],
 )
 def test_limits_are_held_against_what_was_measured(found: Accuracy | Similarity, why: str | None) -> None:
-    assert too_far(found, Recipe()) == why
+    assert too_far(found, with_limits(Recipe(), 80, 0.8)) == why
 
 
 def test_limits_of_zero_let_anything_pass() -> None:

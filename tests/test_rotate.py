@@ -110,6 +110,15 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+def rounded(model: nn.Module) -> nn.Module:
+    """A copy whose weights differ by no more than FP32's rounding: what another basis does to them in any case."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad(), torch.random.fork_rng():
+        for parameter in copied.parameters():
+            parameter.mul_(1 + 2.0**-24 * torch.randn_like(parameter))
+    return copied
+
+
 def test_every_family_is_in_the_table() -> None:
     assert EXPECTED.keys() == TINY.keys()
 
@@ -120,8 +129,9 @@ def test_family_computes_the_same(family: str) -> None:
     double = copy.deepcopy(model).double()
     before, exact = outputs(model, torch.float32), outputs(double)
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+    noise = difference(outputs(rounded(model), torch.float32), before)
     found = rotate(model)
-    assert difference(outputs(model, torch.float32), before) < 1e-5
+    assert difference(outputs(model, torch.float32), before) < max(1e-5, 3 * noise)
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()} == shapes
     assert rotate(double) == found
     assert difference(outputs(double), exact) < 1e-9
