@@ -84,8 +84,7 @@ def doubt(labels: Numbers, said: Numbers, num_classes: int, names: Sequence[str]
     gained, lost = int(((renamed == said) & ~right).sum()), int(((renamed != said) & right).sum())
     gain, errors = gained - lost, int((~right).sum())
     certain = gain >= _ERRORS * errors > 0 and gain >= _DEVIATIONS * math.sqrt(gained + lost)
-    if certain and _told_apart(labels, said, num_classes) >= _TOLD_APART:
-        all_images = _assignment(labels, said, num_classes)
+    if certain and _told_apart(all_images := _assignment(labels, said, num_classes), labels, said) >= _TOLD_APART:
         moved = [k for k in np.argsort(-np.bincount(labels, minlength=num_classes)) if all_images[k] not in (-1, k)][
             :_SHOWN
         ]
@@ -112,12 +111,13 @@ def doubt(labels: Numbers, said: Numbers, num_classes: int, names: Sequence[str]
 _GO_ON = "If you know better, --trust-labels goes on with things as they are."
 
 
-def _told_apart(labels: Numbers, answers: Numbers, num_classes: int) -> float:
+def _told_apart(assignment: Numbers, labels: Numbers, answers: Numbers) -> float:
     """What a one-to-one assignment makes right, as a share of what each class's most frequent answer does."""
+    num_classes = len(assignment)
     pairs, counts = np.unique(labels * num_classes + answers, return_counts=True)
     most = np.zeros(num_classes, np.int64)
     np.maximum.at(most, pairs // num_classes, counts)
-    return float((_assignment(labels, answers, num_classes)[labels] == answers).sum() / most.sum())
+    return float((assignment[labels] == answers).sum() / most.sum())
 
 
 def _place_in_class(labels: Numbers) -> Numbers:

@@ -412,16 +412,14 @@ def best_scale(rows: Tensor, largest: Tensor, bits: int, signed: bool, weight: T
     if weight is not None:
         weight = torch.where(weight.sum(0) > 0, weight, torch.ones_like(weight))
     best, best_error = largest, torch.full_like(largest, torch.inf)
-    size = max(1, (_PART_ON_CPU if rows.device.type == "cpu" else _PART) // rows.shape[1])
-    parts = rows.split(size)
-    weights = [None] * len(parts) if weight is None else weight.split(size)
+    parts = list(_parts(rows) if weight is None else _parts(rows, weight))
 
     def attempt(scale: Tensor) -> None:
         nonlocal best, best_error
         error = torch.zeros_like(largest)
-        for part, matters in zip(parts, weights, strict=True):
+        for part, *matters in parts:
             squares = (grid.quantize(part, scale, bits, signed) * scale).sub_(part).square_()
-            error += (squares if matters is None else squares.mul_(matters)).sum(0)
+            error += (squares.mul_(matters[0]) if matters else squares).sum(0)
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
 

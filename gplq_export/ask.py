@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gplq.errors import BuildError, MissingError
-from gplq_export.engine import find_builder, log_recorder, open_parser
+from gplq_export.engine import find_builder, log_recorder, open_parser, parse_errors
 from gplq_export.runtimes import onnxruntime, onnxruntime_session
 
 _SECONDS = 300
@@ -92,9 +92,7 @@ def _tensorrt(path: Path) -> Answer:
         owners = open_parser(backend, log_recorder(backend.module))
     except MissingError as error:
         return Answer("trt", "TensorRT", silent=str(error))
-    parser = owners[-1]
-    errors = [] if parser.parse_from_file(str(path)) else [parser.get_error(i) for i in range(parser.num_errors)]
-    refusals = tuple(Refusal(error.node_name(), error.desc().splitlines()[0]) for error in errors)
+    refusals = tuple(Refusal(node, reason) for node, _, reason in parse_errors(owners[-1], path))
     return Answer("trt", f"{backend.name} {backend.version}", refusals)
 
 

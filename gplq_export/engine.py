@@ -26,6 +26,7 @@ from gplq.progress import progress
 from gplq_export.precision import EngineReport, parse_layers
 
 _SHOWN_ERRORS = 10
+_NO_REASON = "no reason given"
 Batch = tuple[int, int, int]
 
 
@@ -190,15 +191,26 @@ def open_parser(backend: Backend, recorder: Any) -> tuple[Any, Any, Any]:
     return builder, network, trt.OnnxParser(network, recorder)
 
 
-def _parse_onnx(backend: Backend, parser: Any, onnx_path: Path) -> None:
-    """Parse from the file, so that external weights beside it are found; every refused node goes into the error."""
+def parse_errors(parser: Any, onnx_path: Path) -> list[tuple[str, str, str]]:
+    """Parse from the file, so that external weights beside it are found.
+
+    Returns:
+        Name, operator and reason of every node that is refused; empty only if the file is parsed.
+    """
     if parser.parse_from_file(str(onnx_path)):
-        return
+        return []
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    refused = [(it.node_name(), it.node_operator(), next(iter(it.desc().splitlines()), _NO_REASON)) for it in errors]
+    return refused or [("", "", _NO_REASON)]
+
+
+def _parse_onnx(backend: Backend, parser: Any, onnx_path: Path) -> None:
+    errors = parse_errors(parser, onnx_path)
+    if not errors:
+        return
     lines = [
-        f"  {error.node_name() or 'initialisers'} ({error.node_operator() or 'no operator'}): "
-        + next(iter(error.desc().splitlines()), "no reason given")
-        for error in errors[:_SHOWN_ERRORS]
+        f"  {node or 'initialisers'} ({operator or 'no operator'}): {reason}"
+        for node, operator, reason in errors[:_SHOWN_ERRORS]
     ]
     if len(errors) > _SHOWN_ERRORS:
         lines.append(f"  and {len(errors) - _SHOWN_ERRORS} more")
@@ -333,7 +345,7 @@ def _serialise(
         plan = builder.build_serialized_network(network, config)
     del monitor, parser
     if plan is None:
-        reasons = "\n  ".join(recorder.errors()[-_SHOWN_ERRORS:]) or "no reason given"
+        reasons = "\n  ".join(recorder.errors()[-_SHOWN_ERRORS:]) or _NO_REASON
         raise BuildError(f"{backend.name} {backend.version} cannot build {onnx_path}:\n  {reasons}{_remedy(reasons)}")
     if cache is not None and options.timing_cache is not None:
         with atomic_path(options.timing_cache) as temporary:

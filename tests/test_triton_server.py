@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import shutil
 import signal
 import threading
@@ -19,9 +18,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-import triton_server
 from conftest import CLASSES, make_arrays
 from PIL import Image
+from triton_fixture import require_server
 from triton_server import ServerError, TritonServer, serve
 
 from gplq.checkpoint import Checkpoint
@@ -54,11 +53,7 @@ NETWORKS = {
 
 @pytest.fixture(scope="session", autouse=True)
 def _server_is_here() -> None:
-    reason = triton_server.missing()
-    if reason is not None and "CI" in os.environ and (platform.system(), platform.machine()) == ("Linux", "x86_64"):
-        pytest.fail(reason)
-    if reason is not None:
-        pytest.skip(reason)
+    require_server()
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,27 @@
 
 import hashlib
 import json
+import os
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import triton_server
+
 from gplq_export.triton.check import read_config
 from gplq_export.triton.config import CONFIG, print_config
+
+
+def require_server() -> None:
+    """Skip the tests that ask where no server can be started; in CI that is a failure."""
+    reason = triton_server.missing()
+    if reason is not None and "CI" in os.environ and (platform.system(), platform.machine()) == ("Linux", "x86_64"):
+        pytest.fail(reason)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

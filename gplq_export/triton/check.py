@@ -45,11 +45,10 @@ def check_repository(folder: Path, image: TritonImage | None = None) -> list[Pro
         except UsageError as failure:
             rule = "config-parses" if (model / CONFIG).is_file() else "config-exists"
             problems.append(error(rule, model.name, str(failure), "correct it; the server's API would not say why"))
-    versions = {name: served_versions(models / name, config)[0] for name, config in configs.items()}
     for name, config in configs.items():
         problems += check_model(models / name, config, image)
         if config.HasField("ensemble_scheduling"):
-            problems += _ensemble(name, config, configs, versions, [it.name for it in folders])
+            problems += _ensemble(name, config, configs, models, [it.name for it in folders])
     return sorted(problems, key=lambda problem: problem.severity != "error")
 
 
@@ -80,9 +79,7 @@ def read_config(model: Path) -> Any:
     return parse_config(text, path)
 
 
-def _ensemble(
-    name: str, config: Any, configs: dict[str, Any], versions: dict[str, list[str]], folders: list[str]
-) -> Iterator[Problem]:
+def _ensemble(name: str, config: Any, configs: dict[str, Any], models: Path, folders: list[str]) -> Iterator[Problem]:
     """The rules of the server's own check of ensembles, which runs when everything else is loaded."""
     tensors = {it.name: (it.data_type, server_shape(it, config), name) for it in (*config.input, *config.output)}
     made = {it.name for it in config.input}
@@ -101,7 +98,8 @@ def _ensemble(
                 yield error("ensemble-step", name, f"step '{step.model_name}' is no model of the repository", fix)
             continue
         model = configs[step.model_name]
-        if step.model_version != -1 and str(step.model_version) not in versions.get(step.model_name, []):
+        asked = str(step.model_version)
+        if asked != "-1" and asked not in served_versions(models / step.model_name, model)[0]:
             found = f"version {step.model_version} of {step.model_name} is not served"
             yield error("ensemble-step", name, found, "-1 for the newest, or one that is served")
         if 0 < model.max_batch_size < config.max_batch_size:

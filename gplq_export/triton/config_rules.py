@@ -63,6 +63,9 @@ def config_problems(folder: Path, config: Any) -> Iterator[Problem]:
     yield from _labels(folder, config)
     yield from _warm_up(folder, config)
     if config.response_cache.enable:
+        if config.model_transaction_policy.decoupled:
+            found = "response_cache with decoupled: which of several answers would be kept?"
+            yield error("response-cache", "", found, "give up the one or the other")
         fix = "start the server with --cache-config=local,size=BYTES"
         yield warning("response-cache", "", "response_cache is silently off in a server without a cache", fix)
 
@@ -91,9 +94,6 @@ def _identity(folder: Path, config: Any) -> Iterator[Problem]:
         yield error("backend", "", f"its runtime '{config.runtime}' is not in the folder", fix)
     if any(not agent.name for agent in config.model_repository_agents.agents):
         yield error("agents", "", "a repository agent without a name", "name it, such as checksum")
-    if config.response_cache.enable and config.model_transaction_policy.decoupled:
-        found = "response_cache with decoupled: which of several answers would be kept?"
-        yield error("response-cache", "", found, "give up the one or the other")
     if (config.platform == "ensemble") != config.HasField("ensemble_scheduling"):
         found = 'platform "ensemble" and ensemble_scheduling need each other'
         yield error("ensemble", "", found, "give both or neither")
